@@ -1,0 +1,294 @@
+"""The KAN layer as one differentiable operator, and the only place that chooses a backend.
+
+    y[m, o] = b[o] + sum_i gate[m, i] * ( base_weight[o, i] * act(x[m, i]) + sum_c W[i*C + c, o] * B_c(x[m, i]) )
+
+(Liu et al. 2024, arXiv:2404.19756, eq. 2.10; `gate` makes every edge a gate function, the product nodes of KAN 2.0,
+arXiv:2408.10205.) `torch.library` sees two operators, `kansformer::kan_linear` and its backward, so torch.compile,
+activation checkpointing, FSDP and export see one node whatever the backend. Saved for backward: x and gate, no basis.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+import os
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kansformer import splines
+from kansformer.kernels import torch_kan
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("torch", "triton")
+BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
+
+
+def kan_linear(
+    x: Tensor,
+    spline_weight: Tensor,
+    grid: Tensor,
+    *,
+    grid_size: int,
+    spline_order: int,
+    base_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base_activation: str = "silu",
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply a KAN layer: a learned function on every edge from I inputs to O outputs.
+
+    Splines are evaluated in float32 at least (float64 for float64 x); the product runs in the weights' dtype, autocast's
+    where it is on, with float32 accumulation. Outside the grid the splines fall to zero over k more knots and the base
+    term acts alone. NaN in x gives NaN in its row. Differentiable any number of times; gradients after the first go
+    through plain torch and keep Phi.
+
+    Args:
+        x: (..., I), any float dtype.
+        spline_weight: (I*C, O), C = grid_size + spline_order; row i*C + c.
+        grid: (2,) or (I, 2), lo and hi of the grid; float32 or float64.
+        grid_size: G >= 1 intervals.
+        spline_order: k in 1, 2, 3.
+        base_weight: (O, I), an nn.Linear weight on act(x); None for no base term.
+        bias: (O,).
+        base_activation: "silu", "gelu" (exact), "relu" or "identity".
+        gate: (..., I), multiplies every edge function of its input.
+        backend: "auto", "torch" or "triton"; "auto" follows the environment variable KANSFORMER_BACKEND where it is
+            set, else takes triton where it can run. See `choose_backend`.
+    Returns:
+        (..., O) in the weights' dtype (autocast's where it is on).
+    Raises:
+        ValueError, TypeError: on shapes, dtypes or settings that do not fit together, naming them.
+        RuntimeError: if `backend` names one that cannot run here, saying why.
+    """
+    _check(x, spline_weight, grid, grid_size, spline_order, base_weight, bias, base_activation, gate)
+    if torch.is_autocast_enabled(x.device.type):
+        spline_weight = spline_weight.to(torch.get_autocast_dtype(x.device.type))
+    if base_weight is not None:
+        base_weight = base_weight.to(spline_weight.dtype)
+    y = torch.ops.kansformer.kan_linear(
+        x.reshape(-1, x.shape[-1]),
+        None if gate is None else gate.reshape(-1, x.shape[-1]),
+        spline_weight,
+        grid,
+        base_weight,
+        grid_size,
+        spline_order,
+        base_activation,
+        backend,
+    )
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.view(*x.shape[:-1], spline_weight.shape[1])
+
+
+def choose_backend(
+    x: Tensor, spline_weight: Tensor, *, spline_order: int, base_activation: str = "silu", backend: str = "auto"
+) -> str:
+    """The backend, "torch" or "triton", that `kan_linear` takes for these tensors.
+
+    "auto" defers to the environment variable KANSFORMER_BACKEND, and without it takes triton for CUDA tensors where the
+    kernels support the case, torch otherwise. The first choice of each kind is logged (logger "kansformer.functional").
+
+    Raises:
+        ValueError: if the name is not known.
+        RuntimeError: if triton is asked for and cannot run here, with the reason.
+    """
+    asked = os.environ.get("KANSFORMER_BACKEND", "auto") if backend == "auto" else backend
+    if asked not in ("auto", *BACKENDS):
+        source = "KANSFORMER_BACKEND" if backend == "auto" else "backend"
+        raise ValueError(f"{source} is {asked!r}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    if asked == "torch" or (asked == "auto" and not x.is_cuda):
+        return "torch"
+    reason = _triton_unsupported(x, spline_weight, spline_order, base_activation)
+    if reason is None:
+        return "triton"
+    if asked == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend='auto' or 'torch'")
+    _log_once(f"kan_linear takes the torch backend on {x.device}: {reason}")
+    return "torch"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def _triton_unsupported(x: Tensor, spline_weight: Tensor, spline_order: int, base_activation: str) -> str | None:
+    reason = _triton_missing()
+    if reason is None:
+        from kansformer.kernels import triton_kan
+
+        reason = triton_kan.unsupported(x, spline_weight, spline_order=spline_order, base_activation=base_activation)
+    return reason
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def _implementation(
+    x: Tensor, spline_weight: Tensor, spline_order: int, base_activation: str, backend: str
+) -> types.ModuleType:
+    chosen = choose_backend(
+        x, spline_weight, spline_order=spline_order, base_activation=base_activation, backend=backend
+    )
+    if chosen == "torch":
+        return torch_kan
+    from kansformer.kernels import triton_kan
+
+    return triton_kan
+
+
+@torch.library.custom_op("kansformer::kan_linear", mutates_args=())
+def _kan_linear(
+    x: Tensor,
+    gate: Tensor | None,
+    spline_weight: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+    backend: str,
+) -> Tensor:
+    kernels = _implementation(x, spline_weight, spline_order, base_activation, backend)
+    return kernels.forward(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation)
+
+
+@_kan_linear.register_fake
+def _(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, backend):
+    return spline_weight.new_empty(x.shape[0], spline_weight.shape[1])
+
+
+@torch.library.custom_op("kansformer::kan_linear_backward", mutates_args=())
+def _kan_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    spline_weight: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients of x, gate, spline_weight and base_weight that `needs` asks for, in this order."""
+    kernels = _implementation(x, spline_weight, spline_order, base_activation, backend)
+    gradients = kernels.backward(
+        dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, tuple(needs)
+    )
+    return [g for g, needed in zip(gradients, needs) if needed]
+
+
+@_kan_linear_backward.register_fake
+def _(dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, backend, needs):
+    primals = (x, gate, spline_weight, base_weight)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(primals, needs) if n]
+
+
+def _setup_context(ctx, inputs, output):
+    x, gate, spline_weight, grid, base_weight, *ctx.settings = inputs
+    ctx.save_for_backward(x, gate, spline_weight, grid, base_weight)
+
+
+def _backward(ctx, dy):
+    x, gate, spline_weight, grid, base_weight = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+        gradients = _differentiable_backward(dy, x, gate, spline_weight, grid, base_weight, *ctx.settings[:3], wanted)
+    else:
+        gradients = torch.ops.kansformer.kan_linear_backward(
+            dy, x, gate, spline_weight, grid, base_weight, *ctx.settings, wanted
+        )
+    gradients = iter(gradients)
+    dx, dgate, dspline, dbase = (next(gradients) if needed else None for needed in wanted)
+    return dx, dgate, dspline, None, dbase, None, None, None, None
+
+
+_kan_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    spline_weight: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The same gradients through plain torch operations, for derivatives of any order."""
+    phi = splines.basis(x, grid, grid_size, spline_order)
+    y = _edge_product(phi if gate is None else phi * gate.unsqueeze(-1), spline_weight)
+    if base_weight is not None:
+        a = torch_kan.activation(x, base_activation)
+        y = y + F.linear((a if gate is None else a * gate).to(base_weight.dtype), base_weight)
+    primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
+    return torch.autograd.grad(y, primals, dy, create_graph=True)
+
+
+def _edge_product(phi: Tensor, spline_weight: Tensor) -> Tensor:
+    return phi.flatten(-2).to(spline_weight.dtype) @ spline_weight
+
+
+@register_flop_formula(torch.ops.kansformer.kan_linear)
+def _forward_flops(x, gate, spline_weight, grid, base_weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * (math.prod(spline_weight) + (math.prod(base_weight) if base_weight is not None else 0))
+
+
+@register_flop_formula(torch.ops.kansformer.kan_linear_backward)
+def _backward_flops(dy, x, gate, spline_weight, grid, base_weight, *args, out_shape=None, **kwargs) -> int:
+    needs = args[-1]
+    spline = 2 * x[0] * math.prod(spline_weight)
+    base = 2 * x[0] * math.prod(base_weight) if base_weight is not None else 0
+    return (needs[0] or needs[1]) * (spline + base) + needs[2] * spline + needs[3] * base
+
+
+def _check(
+    x: Tensor,
+    spline_weight: Tensor,
+    grid: Tensor,
+    grid_size: int,
+    spline_order: int,
+    base_weight: Tensor | None,
+    bias: Tensor | None,
+    base_activation: str,
+    gate: Tensor | None,
+) -> None:
+    if grid_size < 1 or spline_order not in (1, 2, 3):
+        raise ValueError(
+            f"kan_linear needs grid_size >= 1 and spline_order 1, 2 or 3, got {grid_size} and {spline_order}"
+        )
+    if base_activation not in BASE_ACTIVATIONS:
+        raise ValueError(f"base_activation is {base_activation!r}; choose one of {', '.join(BASE_ACTIVATIONS)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; kan_linear takes floating point inputs")
+    inputs = x.shape[-1] if x.dim() else 0
+    rows = inputs * splines.num_basis(grid_size, spline_order)
+    if spline_weight.dim() != 2 or spline_weight.shape[0] != rows:
+        raise ValueError(
+            f"x has {inputs} features and grid_size {grid_size} with spline_order {spline_order} gives "
+            f"{grid_size + spline_order} splines: spline_weight must be ({rows}, O); it is {tuple(spline_weight.shape)}"
+        )
+    outputs = spline_weight.shape[1]
+    expected = {
+        "grid": (grid, ((2,), (inputs, 2))),
+        "base_weight": (base_weight, ((outputs, inputs),)),
+        "bias": (bias, ((outputs,),)),
+        "gate": (gate, (tuple(x.shape),)),
+    }
+    for name, (tensor, shapes) in expected.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, shapes))} here, got {tuple(tensor.shape)}")
