@@ -43,10 +43,10 @@ def kan_linear(
 ) -> Tensor:
     """Apply a KAN layer: a learned function on every edge from I inputs to O outputs.
 
-    Splines are evaluated in float32 at least (float64 for float64 x); the product runs in the weights' dtype, autocast's
-    where it is on, with float32 accumulation. Outside the grid the splines fall to zero over k more knots and the base
-    term acts alone. NaN in x gives NaN in its row. Differentiable any number of times; gradients after the first go
-    through plain torch and keep Phi.
+    Splines are evaluated in float32 at least (float64 for float64 x); the product runs in the weights' dtype (where
+    autocast is on, its) with float32 accumulation. Outside the grid the splines fall to zero over k more knots and the
+    base term acts alone. NaN in x gives NaN in its row. Differentiable any number of times; gradients after the first
+    go through plain torch and keep Phi.
 
     Args:
         x: (..., I), any float dtype.

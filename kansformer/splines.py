@@ -17,8 +17,6 @@ Shapes: x is (..., I); a grid is (2,) for all features or (I, 2), one (lo, hi) e
 i*C + c, the matrix of the product Phi @ W.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -139,7 +137,7 @@ def fit(x: Tensor, y: Tensor, grid: Tensor, grid_size: int, spline_order: int) -
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("fit needs finite samples: x or y holds NaN or infinity; drop those rows first")
     phi = basis(x.double(), grid, grid_size, spline_order).transpose(0, 1)
-    return _least_squares(phi, y.double().transpose(0, 1)).flatten(0, 1).to(y.dtype)
+    return least_squares(phi, y.double().transpose(0, 1)).flatten(0, 1).to(y.dtype)
 
 
 def refit(
@@ -149,13 +147,15 @@ def refit(
     spline_order: int,
     new_grid: Tensor | None = None,
     new_grid_size: int | None = None,
+    constant_outside: bool = False,
 ) -> Tensor:
     """Coefficients on another grid for the same functions: (I*C, O) to (I*C', O).
 
     Exact on [lo, hi] when the new knots contain the old ones (same range, G' a multiple of G: the grid extension of
     arXiv:2404.19756, section 2.4), else the least-squares projection, uniformly weighted over the new range. Both are
     one linear map of the C coefficients of a feature, so no sample of any function is ever made and the cost does not
-    depend on data. Computed in float64.
+    depend on data. Computed in float64. With `constant_outside` the functions go on as constants beyond the old grid
+    instead of falling to zero.
     """
     new_grid = grid if new_grid is None else new_grid
     new_grid_size = grid_size if new_grid_size is None else new_grid_size
@@ -166,14 +166,15 @@ def refit(
     unit = (torch.arange(points, dtype=torch.float64, device=grid.device) + 0.5) / points
     lo, hi = new_grid.double().unbind(-1)
     x = lo + (hi - lo) * unit.unsqueeze(-1).expand(points, *lo.shape if lo.dim() else (1,))  # (P, I) or (P, 1)
-    old = basis(x, grid, grid_size, spline_order).transpose(0, 1)  # (I or 1, P, C)
+    at = x.clamp(*grid.double().unbind(-1)) if constant_outside else x
+    old = basis(at, grid, grid_size, spline_order).transpose(0, 1)  # (I or 1, P, C)
     new = basis(x, new_grid, new_grid_size, spline_order).transpose(0, 1)
-    transfer = _least_squares(new, old.expand(max(old.shape[0], new.shape[0]), -1, -1))  # (I or 1, C', C)
+    transfer = least_squares(new, old.expand(max(old.shape[0], new.shape[0]), -1, -1))  # (I or 1, C', C)
     weight = spline_weight.double().unflatten(0, (-1, count))  # (I, C, O)
     return (transfer @ weight).flatten(0, 1).to(spline_weight.dtype)
 
 
-def _least_squares(a: Tensor, b: Tensor) -> Tensor:
+def least_squares(a: Tensor, b: Tensor) -> Tensor:
     """Minimum-norm argmin |a w - b| for batches a (I, N, C), b (I, N, O)."""
     q, r = torch.linalg.qr(a)
     u, s, vh = torch.linalg.svd(r, full_matrices=False)
@@ -184,10 +185,3 @@ def _least_squares(a: Tensor, b: Tensor) -> Tensor:
 
 def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def normal_quadrature(points: int = 4001, reach: float = 8.0) -> tuple[Tensor, Tensor]:
-    """Nodes x (P,) and weights (P,) with sum_p w_p f(x_p) = E[f(X)], X ~ N(0, 1); the trapezoid rule on [-8, 8]."""
-    x = torch.linspace(-reach, reach, points, dtype=torch.float64)
-    density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-    return x, density * (2 * reach / (points - 1))

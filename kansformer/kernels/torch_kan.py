@@ -5,7 +5,7 @@
 M rows (tokens), I in, O out, C = G + k splines an edge. Phi (rows, I*C) holds the splines of a chunk of rows. A chunk
 is small enough for the cache, and nothing of size M*I*C ever exists: backward evaluates Phi again from x. Only the
 k + 1 live splines of an input are computed, scattered into a zeroed Phi on the way to the matrix product and gathered
-from dPhi = dy @ W^T on the way back, where dx = gate * sum_r dPhi[live r] * B'_r(x) and dgate = sum_r dPhi[live r] * B_r(x).
+from dPhi = dy @ W^T on the way back: dx = gate * sum_r dPhi[live r] B'_r(x), dgate = sum_r dPhi[live r] B_r(x).
 """
 
 import math

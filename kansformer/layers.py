@@ -1,0 +1,514 @@
+"""KAN layers and the feed-forward blocks of a transformer built from them.
+
+A block is d -> h -> d on a normalised input; `FFN_TYPES` names all five, and every other line of a model is shared, so
+a comparison differs in nothing else. G intervals and order k give C = G + k splines an edge.
+
+    mlp         down(act(up x))                                         2 d h parameters
+    swiglu      down(silu(gate x) * up x)                               3 d h
+    kan         KAN(d->h), norm, KAN(h->d)                              2 d h (C + 1)      arXiv:2404.19756
+    kan_mix     up (d->h), norm, KAN(h->d)                              d h (1 + C + 1)
+    kan_gated   z = norm(gate x), v = up x, y_o = sum_h v_h phi_oh(z_h) d h (2 + C + 1)    arXiv:2408.10205
+
+(one less in each C + 1 without the base term.) In `kan_gated` every edge has its own gate function phi; with the silu
+base term, zero splines and no norm it is SwiGLU, bit for bit.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kansformer import splines
+from kansformer.functional import BASE_ACTIVATIONS, kan_linear
+from kansformer.kernels.torch_kan import activation
+
+# The standard deviation of the random part of an edge function, over that of its smooth part, at initialisation (the
+# paper starts its splines at noise of this size, arXiv:2404.19756, section 2.2).
+INIT_NOISE = 0.1
+
+# Floating point operations of one live spline, of a base activation and of a norm, per element: counted in the closed
+# forms, a transcendental as one. They are a percent of a block; matrix products are the rest.
+SPLINE_FLOPS = {1: 4, 2: 8, 3: 11}
+ACTIVATION_FLOPS = {"silu": 4, "gelu": 5, "relu": 1, "identity": 0}
+NORM_FLOPS = 4
+
+
+class KANLinear(nn.Module):
+    """A Kolmogorov-Arnold layer: a learned function on every edge (Liu et al. 2024, arXiv:2404.19756, eq. 2.10).
+
+        y_o = b_o + sum_i gate_i * ( base_weight[o, i] * act(x_i) + sum_c spline_weight[i*C + c, o] * B_c(x_i) )
+
+    Outside the grid the splines fall to zero and the base term acts alone. A layer without base term has nothing left
+    there, so it takes the closest point of the grid instead: its functions go on as constants.
+
+    Args:
+        in_features, out_features: I and O.
+        grid_size: G, intervals of the grid.
+        spline_order: k, the degree of the splines: 1, 2 or 3.
+        grid_range: (lo, hi) at the start, the same for every input; `update_grid` gives each input its own.
+        base_activation: "silu", "gelu", "relu" or "identity"; None for a layer without base term.
+        bias: adds one number per output.
+        init_gain: output standard deviation at initialisation for inputs of unit variance.
+        backend: "auto", "torch" or "triton" (`functional.kan_linear`).
+
+    Attributes:
+        spline_weight: (I*C, O), row i*C + c.  base_weight: (O, I) or None.  bias: (O,) or None.
+        grid: (I, 2) float32 buffer, saved in the state dict. It stays float32 under `.to(dtype)`, because a range
+            rounded to bfloat16 moves every knot.
+
+    Raises:
+        ValueError: for sizes below one, an unknown activation, an order other than 1, 2, 3, or an empty range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: Sequence[float] = (-2.0, 2.0),
+        base_activation: str | None = "silu",
+        bias: bool = False,
+        init_gain: float = 1.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(in_features=in_features, out_features=out_features, grid_size=grid_size)
+        if spline_order not in (1, 2, 3):
+            raise ValueError(f"spline_order must be 1, 2 or 3, got {spline_order}")
+        lo, hi = (float(bound) for bound in grid_range)
+        if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+            raise ValueError(f"grid_range must be two finite numbers lo < hi, got {tuple(grid_range)}")
+        if base_activation is not None and base_activation not in BASE_ACTIVATIONS:
+            raise ValueError(
+                f"base_activation is {base_activation!r}; choose None or one of {', '.join(BASE_ACTIVATIONS)}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.grid_size, self.spline_order, self.grid_range = grid_size, spline_order, (lo, hi)
+        self.base_activation, self.init_gain, self.backend = base_activation, init_gain, backend
+        factory = {"device": device, "dtype": dtype}
+        self.spline_weight = nn.Parameter(torch.empty(in_features * self.num_basis, out_features, **factory))
+        if base_activation is None:
+            self.register_parameter("base_weight", None)
+        else:
+            self.base_weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, **factory))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("grid", torch.empty(in_features, 2, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    @property
+    def num_basis(self) -> int:
+        """C = grid_size + spline_order, splines on every edge."""
+        return splines.num_basis(self.grid_size, self.spline_order)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x (..., I), gate (..., I) or None: (..., O)."""
+        if self.base_weight is None:
+            lo, hi = self.grid.to(x.dtype).unbind(-1)
+            x = x.clamp(lo, hi)
+        return kan_linear(
+            x,
+            self.spline_weight,
+            self.grid,
+            grid_size=self.grid_size,
+            spline_order=self.spline_order,
+            base_weight=self.base_weight,
+            bias=self.bias,
+            base_activation=self.base_activation or "identity",
+            gate=gate,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Draw the parameters anew, and set the grid to `grid_range`.
+
+        Every edge starts as w * psi + noise, w normal, psi the base activation (without a base term: the spline closest
+        to silu). The noise, on the coefficients, carries INIT_NOISE^2 of psi's energy E[f^2] + E[f'^2], so that neither
+        outputs nor gradients depend on the grid. For inputs X ~ N(0, 1) and I inputs
+
+            Var(y_o) = init_gain^2,    Var(dx_i) / Var(dy_o) = (O / I) * init_gain^2 * E[psi'^2] / E[psi^2]
+
+        up to the noise's share. `copy_(tensor, value)` does the writing (transformers passes its own, which leaves
+        loaded tensors alone).
+        """
+        if self.spline_weight.is_meta:
+            return
+        start = _initial_edge(self.grid_size, self.spline_order, self.grid_range, self.base_activation)
+        scale = self.init_gain / math.sqrt(self.in_features * start.energy)
+        device = self.spline_weight.device
+        weight = scale * torch.randn(self.out_features, self.in_features, device=device)
+        shape = (self.in_features, self.num_basis, self.out_features)
+        coefficients = scale * start.noise * torch.randn(shape, device=device)
+        if self.base_weight is None:
+            coefficients += weight.mT.unsqueeze(1) * torch.tensor(start.coefficients, device=device).unsqueeze(1)
+        else:
+            copy_(self.base_weight, weight.to(self.base_weight.dtype))
+        copy_(self.spline_weight, coefficients.flatten(0, 1).to(self.spline_weight.dtype))
+        if self.bias is not None:
+            copy_(self.bias, torch.zeros_like(self.bias))
+        copy_(self.grid, torch.tensor(self.grid_range, device=device, dtype=torch.float32).expand(self.in_features, 2))
+
+    @torch.no_grad()
+    def update_grid(self, x: Tensor, spread: float = 4.0) -> None:
+        """Give each input the range of its samples, keeping every edge function (in the least-squares sense) there.
+
+        The new range is [mean - spread * std, mean + spread * std], cut to the smallest and largest sample. Where
+        torch.distributed is initialised the statistics are reduced over all ranks, so all ranks must call this and all
+        get the same grid, to the bit. A constant input keeps its range. An optimizer's state for `spline_weight`
+        belongs to the old coefficients: reset it.
+
+        Args:
+            x: (..., I) samples.
+            spread: standard deviations on either side of the mean.
+        Raises:
+            ValueError: if there is no sample, one is not finite, or the last dimension is not I.
+        """
+        if x.shape[-1] != self.in_features or x.numel() == 0:
+            raise ValueError(f"update_grid needs samples (..., {self.in_features}), at least one, got {tuple(x.shape)}")
+        x = x.detach().reshape(-1, self.in_features).double()
+        if not x.isfinite().all():
+            raise ValueError(
+                "update_grid needs finite samples, but some are NaN or infinite; look upstream of this layer"
+            )
+        sums = torch.stack([torch.full_like(x[0], x.shape[0]), x.sum(0), x.square().sum(0)])
+        bounds = torch.stack([x.amin(0), -x.amax(0)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
+        count, mean = sums[0], sums[1] / sums[0]
+        deviation = (sums[2] / count - mean.square()).clamp_min(0).sqrt()
+        lo = torch.maximum(bounds[0], mean - spread * deviation)
+        hi = torch.minimum(-bounds[1], mean + spread * deviation)
+        new_grid = torch.stack([lo, hi], -1).to(self.grid)
+        width = self.grid[:, 1:] - self.grid[:, :1]
+        constant = new_grid[:, 1:] - new_grid[:, :1] <= 1e-6 * width
+        new_grid = torch.where(constant, self.grid, new_grid)
+        self.spline_weight.copy_(self._refit(new_grid, self.grid_size))
+        self.grid.copy_(new_grid)
+
+    @torch.no_grad()
+    def extend_grid(self, grid_size: int) -> None:
+        """Refine to `grid_size` intervals on the same range (grid extension, arXiv:2404.19756, section 2.4).
+
+        The function does not change where the new size is a multiple of the old one, and is the least-squares
+        projection otherwise. `spline_weight` becomes a new, larger Parameter: build the optimizer anew.
+        """
+        _check_sizes(grid_size=grid_size)
+        weight = self._refit(self.grid, grid_size)
+        self.spline_weight = nn.Parameter(weight, requires_grad=self.spline_weight.requires_grad)
+        self.grid_size = grid_size
+
+    def _refit(self, grid: Tensor, grid_size: int) -> Tensor:
+        return splines.refit(
+            self.spline_weight,
+            self.grid,
+            self.grid_size,
+            self.spline_order,
+            grid,
+            grid_size,
+            constant_outside=self.base_weight is None,
+        )
+
+    @torch.no_grad()
+    def out_of_grid_fraction(self, x: Tensor) -> Tensor:
+        """The share of the values in x (..., I) outside their input's [lo, hi], NaN counted in: a scalar tensor."""
+        inside = (x >= self.grid[:, 0]) & (x <= self.grid[:, 1])
+        return 1 - inside.float().mean()
+
+    def flops_per_token(self) -> int:
+        """Forward floating point operations for one row: the products, and the splines and activation of each input."""
+        weights = self.spline_weight.numel() + (0 if self.base_weight is None else self.base_weight.numel())
+        spline = (self.spline_order + 1) * SPLINE_FLOPS[self.spline_order]
+        base = 0 if self.base_activation is None else ACTIVATION_FLOPS[self.base_activation]
+        return 2 * weights + self.in_features * (spline + base)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KANLinear":
+        grid = self.grid
+        super()._apply(fn, recurse)
+        if self.grid.dtype != torch.float32:
+            self.grid = grid.to(self.grid.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, grid_size={self.grid_size}, "
+            f"spline_order={self.spline_order}, grid_range={self.grid_range}, "
+            f"base_activation={self.base_activation!r}, bias={self.bias is not None}"
+        )
+
+
+class FeedForward(nn.Module):
+    """What the five blocks share: x (..., hidden_size) to the same shape, through `intermediate_size` units."""
+
+    elementwise_flops = 0  # forward, per token, beside those of the linear and KAN layers
+
+    def flops_per_token(self) -> int:
+        """Forward floating point operations per token."""
+        linear = sum(2 * m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
+        kan = sum(m.flops_per_token() for m in self.children() if isinstance(m, KANLinear))
+        return linear + kan + self.elementwise_flops
+
+
+class MLP(FeedForward):
+    """down(act(up x)), the block of GPT-2."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str = "gelu",
+        init_gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_act not in BASE_ACTIVATIONS:
+            raise ValueError(f"hidden_act is {hidden_act!r}; choose one of {', '.join(BASE_ACTIVATIONS)}")
+        self.hidden_act = hidden_act
+        factory = {"device": device, "dtype": dtype}
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.down_proj = _linear(intermediate_size, hidden_size, init_gain / _activation_rms(hidden_act), **factory)
+        self.elementwise_flops = intermediate_size * ACTIVATION_FLOPS[hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activation(self.up_proj(x), self.hidden_act))
+
+
+class SwiGLU(FeedForward):
+    """down(silu(gate x) * up x) (Shazeer 2020, arXiv:2002.05202), the block of Llama.
+
+    With `gate_norm` the gate's input to silu is RMS-normalised with a learned gain: the MLP baseline that has the norm
+    of `kan_gated` but not its functions.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_norm: bool = False,
+        norm_eps: float = 1e-6,
+        init_gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.gate_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.down_proj = _linear(intermediate_size, hidden_size, init_gain / _activation_rms("silu"), **factory)
+        self.gate_norm = nn.RMSNorm(intermediate_size, eps=norm_eps, **factory) if gate_norm else None
+        self.elementwise_flops = intermediate_size * (ACTIVATION_FLOPS["silu"] + 1 + (NORM_FLOPS if gate_norm else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        if self.gate_norm is not None:
+            gate = self.gate_norm(gate)
+        return self.down_proj(F.silu(gate) * self.up_proj(x))
+
+
+class _KANFeedForward(FeedForward):
+    """The options of the three KAN blocks.
+
+    Args:
+        grid_size, spline_order, grid_range, base_activation: of the KAN layers.
+        ffn_norm: RMS-normalise, without a gain, what enters the block's last KAN layer, so that it fills the grid.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        grid_size: int = 3,
+        spline_order: int = 1,
+        grid_range: Sequence[float] = (-2.0, 2.0),
+        base_activation: str | None = None,
+        ffn_norm: bool = True,
+        norm_eps: float = 1e-6,
+        init_gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.ffn_norm, self.norm_eps = ffn_norm, norm_eps
+        factory = {"device": device, "dtype": dtype}
+        kan = {"grid_size": grid_size, "spline_order": spline_order, "grid_range": grid_range}
+        kan |= {"base_activation": base_activation} | factory
+        self._build(hidden_size, intermediate_size, kan, factory)
+        self.down_proj = KANLinear(intermediate_size, hidden_size, init_gain=init_gain, **kan)
+        self.elementwise_flops = intermediate_size * NORM_FLOPS * ffn_norm
+
+    def _norm(self, z: Tensor) -> Tensor:
+        return F.rms_norm(z, z.shape[-1:], eps=self.norm_eps) if self.ffn_norm else z
+
+
+class KAN(_KANFeedForward):
+    """KAN(d->h), norm, KAN(h->d): the MLP of a transformer replaced as arXiv:2404.19756 proposes."""
+
+    def _build(self, hidden_size: int, intermediate_size: int, kan: dict, factory: dict) -> None:
+        self.up_proj = KANLinear(hidden_size, intermediate_size, **kan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self._norm(self.up_proj(x)))
+
+
+class KANMix(_KANFeedForward):
+    """up (d->h), norm, KAN(h->d): every unit has a function per output in place of one activation."""
+
+    def _build(self, hidden_size: int, intermediate_size: int, kan: dict, factory: dict) -> None:
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self._norm(self.up_proj(x)))
+
+
+class KANGated(_KANFeedForward):
+    """z = norm(gate x), v = up x, y_o = sum_h v_h * phi_oh(z_h): SwiGLU with a learned gate function on every edge.
+
+    A KAN layer with product nodes (KAN 2.0, arXiv:2408.10205). With base_activation="silu", ffn_norm=False and zero
+    splines it equals `SwiGLU` with the same weights bit for bit on the torch backend.
+    """
+
+    def _build(self, hidden_size: int, intermediate_size: int, kan: dict, factory: dict) -> None:
+        self.gate_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self._norm(self.gate_proj(x)), gate=self.up_proj(x))
+
+
+FFN_TYPES: dict[str, type[FeedForward]] = {
+    "mlp": MLP,
+    "swiglu": SwiGLU,
+    "kan": KAN,
+    "kan_mix": KANMix,
+    "kan_gated": KANGated,
+}
+
+
+def feed_forward(ffn_type: str, hidden_size: int, intermediate_size: int, **options: object) -> FeedForward:
+    """Build the block `ffn_type` of FFN_TYPES; `options` are its class's.
+
+    Raises:
+        ValueError: for an unknown type or sizes below one.
+    """
+    if ffn_type not in FFN_TYPES:
+        raise ValueError(f"ffn_type is {ffn_type!r}; choose one of {', '.join(FFN_TYPES)}")
+    _check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    return FFN_TYPES[ffn_type](hidden_size, intermediate_size, **options)
+
+
+def match_intermediate_size(
+    ffn_type: str,
+    hidden_size: int,
+    *,
+    reference: str = "swiglu",
+    reference_size: int | None = None,
+    match: str = "params",
+    multiple_of: int = 8,
+    **options: object,
+) -> int:
+    """The intermediate size at which `ffn_type` costs what a reference block of the same hidden size costs.
+
+    Args:
+        reference: the block to match, with its default options.
+        reference_size: its intermediate size; None takes the usual one, 8/3 d for swiglu and 4 d for others, rounded up
+            to `multiple_of`.
+        match: "params", or "flops" for forward operations per token.
+        multiple_of: the result is the closest multiple of this.
+        options: of `ffn_type`'s block.
+    Raises:
+        ValueError: for unknown names or sizes below one.
+    Warns:
+        UserWarning: where the closest multiple misses the reference by more than 2%.
+    """
+    if match not in ("params", "flops"):
+        raise ValueError(f"match is {match!r}; choose 'params' or 'flops'")
+    _check_sizes(hidden_size=hidden_size, multiple_of=multiple_of)
+    if reference_size is None:
+        usual = 8 * hidden_size / 3 if reference == "swiglu" else 4 * hidden_size
+        reference_size = math.ceil(usual / multiple_of) * multiple_of
+
+    def cost(kind: str, size: int, **block_options: object) -> int:
+        block = feed_forward(kind, hidden_size, size, device="meta", **block_options)
+        return block.flops_per_token() if match == "flops" else sum(p.numel() for p in block.parameters())
+
+    target = cost(reference, reference_size)
+    one, two = cost(ffn_type, 1, **options), cost(ffn_type, 2, **options)  # cost is linear in the size
+    size = max(1, round((target - (2 * one - two)) / (two - one) / multiple_of)) * multiple_of
+    miss = cost(ffn_type, size, **options) / target - 1
+    if abs(miss) > 0.02:
+        warnings.warn(
+            f"{ffn_type} with intermediate_size={size} has {100 * (1 + miss):.1f}% of the {match} of {reference} with "
+            f"{reference_size}: no multiple of {multiple_of} is closer; give a smaller one, or the intermediate_size",
+            stacklevel=2,
+        )
+    return size
+
+
+class _Edge(NamedTuple):
+    energy: float  # E[f(X)^2] of an edge function of unit weight, noise included
+    noise: float  # standard deviation of a coefficient's random part, for unit weight
+    coefficients: tuple[float, ...]  # the spline closest to the start function
+
+
+@functools.cache
+def _initial_edge(grid_size: int, spline_order: int, grid_range: tuple[float, float], base: str | None) -> _Edge:
+    """Moments under X ~ N(0, 1) of the functions that `KANLinear.reset_parameters` draws."""
+    x, probability = _normal_quadrature()
+    grid = torch.tensor(grid_range, dtype=torch.float64, device="cpu")
+    inside = (x > grid[0]) & (x < grid[1]) if base is None else x.isfinite()
+    points = (x.clamp(*grid_range) if base is None else x).unsqueeze(-1)
+    b = splines.basis(points, grid, grid_size, spline_order).squeeze(-2)
+    slope = splines.basis(points, grid, grid_size, spline_order, derivative=True).squeeze(-2) * inside.unsqueeze(-1)
+    f = activation(x, base or "silu")
+    root = probability.sqrt().unsqueeze(-1)
+    coefficients = splines.least_squares(root * b, root * f.unsqueeze(-1))
+    if base is None:
+        f, df = (b @ coefficients).squeeze(-1), (slope @ coefficients).squeeze(-1)
+    else:
+        df = torch.gradient(f, spacing=(x,))[0]
+    smooth, smooth_slope = probability @ f.square(), probability @ df.square()
+    rough, rough_slope = probability @ b.square().sum(-1), probability @ slope.square().sum(-1)
+    noise = INIT_NOISE * ((smooth + smooth_slope) / (rough + rough_slope)).sqrt()
+    energy = smooth + noise.square() * rough
+    return _Edge(energy.item(), noise.item(), tuple(coefficients.squeeze(-1).tolist()))
+
+
+@functools.cache
+def _normal_quadrature(points: int = 4001, reach: float = 8.0) -> tuple[Tensor, Tensor]:
+    """Nodes x (P,) and weights p (P,) with sum p f(x) = E[f(X)] for X ~ N(0, 1): the trapezoid rule on [-8, 8]."""
+    x = torch.linspace(-reach, reach, points, dtype=torch.float64, device="cpu")
+    density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    return x, density * (2 * reach / (points - 1))
+
+
+@functools.cache
+def _activation_rms(name: str) -> float:
+    x, probability = _normal_quadrature()
+    return (probability @ activation(x, name).square()).sqrt().item()
+
+
+def _linear(in_features: int, out_features: int, init_gain: float, **factory: object) -> nn.Linear:
+    """A linear layer without bias whose outputs have the standard deviation `init_gain` for inputs of unit variance."""
+    linear = nn.Linear(in_features, out_features, bias=False, **factory)
+    linear.init_gain = init_gain
+    nn.init.normal_(linear.weight, std=init_gain / math.sqrt(in_features))
+    return linear
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
