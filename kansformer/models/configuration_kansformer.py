@@ -1,0 +1,236 @@
+"""Configuration of the Kansformer: a Llama-family decoder whose feed-forward block may be a KAN block."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
+
+from kansformer.functional import BASE_ACTIVATIONS
+from kansformer.layers import FFN_TYPES, match_intermediate_size
+
+logger = logging.get_logger(__name__)
+
+# Which fields each feed-forward block reads. The others are inert for it, and setting one of them is reported.
+_KAN_FIELDS = ("grid_size", "spline_order", "grid_range", "base_activation", "ffn_norm")
+_FFN_FIELDS = {
+    "mlp": ("hidden_act",),
+    "swiglu": ("gate_norm",),
+    "kan": _KAN_FIELDS,
+    "kan_mix": _KAN_FIELDS,
+    "kan_gated": _KAN_FIELDS,
+}
+
+
+def _require(condition: bool, field: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r}: {rule}")
+
+
+@strict
+class KansformerConfig(PreTrainedConfig):
+    r"""Everything that defines a Kansformer. The attention, norm and embedding fields are those of `LlamaConfig`.
+
+    Args:
+        vocab_size: number of tokens. Keep it a multiple of 64: tied embeddings whose rows do not divide over the
+            shards train wrong under FSDP2, and the model refuses to.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the feed-forward block. None: chosen by `match_ffn`. The chosen size is written
+            back, so a saved configuration is explicit; an explicit size always wins over `match_ffn`.
+        match_ffn: "params" or "flops": what to keep equal to the reference block when `intermediate_size` is None.
+        match_reference: the reference block, "swiglu" or "mlp".
+        match_reference_size: its width. None: 8/3 * hidden_size for "swiglu", 4 * hidden_size for "mlp".
+        num_hidden_layers, num_attention_heads: depth, and query heads per layer.
+        num_key_value_heads: key and value heads, a divisor of `num_attention_heads`. None: the same number.
+        head_dim: width of a head, even. None: hidden_size / num_attention_heads.
+        max_position_embeddings: the longest sequence the model is meant for.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        rope_parameters: as in transformers; None: theta 10000.
+        attention_bias, attention_dropout: as in Llama.
+        tie_word_embeddings: use the embedding matrix as the output head.
+        pad_token_id, bos_token_id, eos_token_id: token ids, None where the tokenizer has none.
+        use_cache: return the key-value cache.
+        initializer_range: standard deviation of every linear layer and embedding, as in Llama. None (the default):
+            1/sqrt(fan_in) for linear layers, divided by sqrt(2 * num_hidden_layers) where they write into the
+            residual stream, and 1/sqrt(hidden_size) for embeddings. KAN layers have their own, derived in
+            `kansformer.layers.KANLinear`.
+        ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas.
+        grid_size: G, intervals of the spline grid (KAN blocks).
+        spline_order: k, degree of the splines, 1 to 3 (KAN blocks).
+        grid_range: (lo, hi) that the grid covers, in units of the normalised input (KAN blocks).
+        base_activation: activation of the base term of each edge, or None for no base term (KAN blocks); one of
+            `kansformer.functional.BASE_ACTIVATIONS`.
+        ffn_norm: an RMSNorm without gain on what enters the block's last KAN layer (KAN blocks).
+        hidden_act: the activation of "mlp", of the same list.
+        gate_norm: an RMSNorm on the gate of "swiglu".
+
+    Raises:
+        ValueError: naming the field, its value and the rule it breaks.
+
+    Example:
+
+    ```python
+    >>> from kansformer import KansformerConfig, KansformerForCausalLM
+    >>> config = KansformerConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, ffn_type="kan_gated")
+    >>> model = KansformerForCausalLM(config)
+    ```
+    """
+
+    model_type = "kansformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    match_ffn: str | None = "params"
+    match_reference: str = "swiglu"
+    match_reference_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float | int = 1e-6
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    use_cache: bool = True
+    initializer_range: float | int | None = None
+    ffn_type: str = "kan_gated"
+    grid_size: int = 3
+    spline_order: int = 1
+    grid_range: list[float | int] | tuple[float | int, ...] = (-2.0, 2.0)
+    base_activation: str | None = None
+    ffn_norm: bool = True
+    hidden_act: str = "gelu"
+    gate_norm: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.grid_range = tuple(float(bound) for bound in self.grid_range)
+        # Before anything is derived from the fields, and as plain ValueErrors: @strict wraps those it raises itself.
+        self.validate_architecture()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = match_intermediate_size(
+                self.ffn_type,
+                self.hidden_size,
+                reference=self.match_reference,
+                reference_size=self.match_reference_size,
+                match=self.match_ffn,
+                **self.ffn_options,
+            )
+        self._report_inert_fields()
+        super().__post_init__(**kwargs)
+
+    @property
+    def ffn_options(self) -> dict[str, Any]:
+        """The keyword options of `kansformer.layers.feed_forward` for this `ffn_type`."""
+        options = {field: getattr(self, field) for field in _FFN_FIELDS[self.ffn_type]}
+        return options if self.ffn_type == "mlp" else options | {"norm_eps": self.rms_norm_eps}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism: attention, and the feed-forward block where no norm runs across its split width.
+
+        The KAN blocks stay replicated: their rows of `spline_weight` split by input feature, which no stock style does.
+        """
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        if self.ffn_type == "mlp" or (self.ffn_type == "swiglu" and not self.gate_norm):
+            projections = ("gate_proj", "up_proj") if self.ffn_type == "swiglu" else ("up_proj",)
+            plan |= {f"layers.*.mlp.{name}": "colwise" for name in projections}
+            plan["layers.*.mlp.down_proj"] = "rowwise"
+        return plan
+
+    def validate_architecture(self):
+        """Raise ValueError for the first impossible combination. Also called by the model, as fields may be reset."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for field in (*sizes, "max_position_embeddings", "grid_size"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+        for field in ("intermediate_size", "match_reference_size", "head_dim"):
+            value = getattr(self, field)
+            _require(value is None or value >= 1, field, value, "must be at least 1, or None to have it chosen")
+
+        heads = self.num_attention_heads
+        _require(
+            heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"must divide num_attention_heads={heads}",
+        )
+        _require(
+            self.head_dim is not None or self.hidden_size % heads == 0,
+            "num_attention_heads",
+            heads,
+            f"must divide hidden_size={self.hidden_size}, unless head_dim is given",
+        )
+        head_dim = self.head_dim or self.hidden_size // heads
+        _require(head_dim % 2 == 0, "head_dim", head_dim, "must be even: rotary embeddings turn pairs of channels")
+        partial = (self.rope_parameters or {}).get("partial_rotary_factor")
+        _require(partial in (None, 1), "rope_parameters['partial_rotary_factor']", partial, "every channel is rotated")
+
+        _require(0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "must lie in [0, 1)")
+        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
+        std = self.initializer_range
+        _require(std is None or std > 0, "initializer_range", std, "must be positive, or None for 1/sqrt(fan_in)")
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            for token in value if isinstance(value, list) else [value]:
+                in_range = token is None or 0 <= token < self.vocab_size
+                _require(in_range, field, value, f"must lie in [0, vocab_size={self.vocab_size})")
+
+        _require(self.ffn_type in FFN_TYPES, "ffn_type", self.ffn_type, f"must be one of {sorted(FFN_TYPES)}")
+        _require(
+            self.match_ffn in ("params", "flops", None),
+            "match_ffn",
+            self.match_ffn,
+            "must be 'params', 'flops' or None",
+        )
+        _require(
+            self.intermediate_size is not None or self.match_ffn is not None,
+            "intermediate_size",
+            self.intermediate_size,
+            "must be given where match_ffn=None",
+        )
+        _require(
+            self.match_reference in ("swiglu", "mlp"),
+            "match_reference",
+            self.match_reference,
+            "must be 'swiglu' or 'mlp'",
+        )
+        for field in ("hidden_act", "base_activation"):
+            value = getattr(self, field)
+            known = value in BASE_ACTIVATIONS or (field, value) == ("base_activation", None)
+            _require(known, field, value, f"must be one of {BASE_ACTIVATIONS}")
+        _require(
+            1 <= self.spline_order <= 3, "spline_order", self.spline_order, "must be 1, 2 or 3, the closed-form orders"
+        )
+        _require(
+            len(self.grid_range) == 2
+            and all(math.isfinite(bound) for bound in self.grid_range)
+            and self.grid_range[0] < self.grid_range[1],
+            "grid_range",
+            self.grid_range,
+            "must be two finite numbers (lo, hi) with lo < hi",
+        )
+
+    def _report_inert_fields(self) -> None:
+        """Warn of feed-forward options that were set but that this `ffn_type` does not read."""
+        inert = set().union(*_FFN_FIELDS.values()) - set(_FFN_FIELDS[self.ffn_type])
+        changed = [field for field in sorted(inert) if getattr(self, field) != getattr(type(self), field)]
+        if changed:
+            logger.warning_once(f"ffn_type={self.ffn_type!r} does not read {', '.join(changed)}: no effect.")

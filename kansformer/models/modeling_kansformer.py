@@ -1,0 +1,350 @@
+"""The Kansformer: a Llama-family decoder whose feed-forward block is one of `kansformer.layers`.
+
+Attention, RMSNorm and rotary embedding are Llama's own (Touvron et al. 2023, arXiv:2302.13971), so that models that differ
+in `ffn_type` differ in nothing else. A decoder layer is
+
+    x = x + attention(norm(x))
+    x = x + mlp(norm(x))
+
+Initialisation keeps the variance of the residual stream bounded: linear layers draw from N(0, 1/fan_in), those that write
+into the residual stream from N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear.reset_parameters`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from kansformer.layers import KANLinear, feed_forward
+
+from .configuration_kansformer import KansformerConfig
+
+
+class KansformerRMSNorm(LlamaRMSNorm):
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 (arXiv:1910.07467)."""
+
+
+class KansformerRotaryEmbedding(LlamaRotaryEmbedding):
+    """Cosines and sines of the rotary position embedding (arXiv:2104.09864), with transformers' scaling variants."""
+
+
+class KansformerAttention(LlamaAttention):
+    """Causal grouped-query attention (arXiv:2305.13245) with rotary positions. Returns (output, weights or None)."""
+
+    def __init__(self, config: KansformerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.o_proj.init_gain = residual_init_gain(config)
+
+
+class KansformerDecoderLayer(GradientCheckpointingLayer):
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)): (batch, seq, hidden_size) to the same shape."""
+
+    def __init__(self, config: KansformerConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = KansformerRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = KansformerAttention(config, layer_idx)
+        self.post_attention_layernorm = KansformerRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = feed_forward(
+            config.ffn_type,
+            config.hidden_size,
+            config.intermediate_size,
+            init_gain=residual_init_gain(config),
+            **config.ffn_options,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class KansformerPreTrainedModel(PreTrainedModel):
+    """What every Kansformer has: initialisation, loading rules, parameter and FLOP counts, and grid care."""
+
+    config: KansformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KansformerDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["grid"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": KansformerDecoderLayer, "attentions": KansformerAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only through transformers.initialization: its functions leave alone whatever was loaded from a checkpoint.
+        std = self.config.initializer_range
+        if isinstance(module, KANLinear):
+            module.reset_parameters(copy_=init.copy_)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std or getattr(module, "init_gain", 1.0) * module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std or module.embedding_dim**-0.5)
+        else:
+            super()._init_weights(module)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by purpose: embedding, attention, feed_forward (its inner norms included), norm, head, total.
+
+        A shared parameter counts once, so a tied head counts 0. The total is `num_parameters()`.
+        """
+        counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norm", "head"), 0)
+        for name, parameter in self.named_parameters():
+            path = name.split(".")
+            if "mlp" in path:
+                purpose = "feed_forward"
+            elif "self_attn" in path:
+                purpose = "attention"
+            elif "embed_tokens" in path:
+                purpose = "embedding"
+            else:
+                purpose = "norm" if path[-2].endswith("norm") else "head"
+            counts[purpose] += parameter.numel()
+        return counts | {"total": sum(counts.values())}
+
+    def flops_per_token(self, seq_len: int, training: bool = True) -> int:
+        """Matrix-product FLOPs per token of a sequence of `seq_len` tokens.
+
+            forward = 2 * (weights of linear and KAN layers) + 4 * seq_len * num_layers * num_heads * head_dim
+            training = 3 * forward    (backward: the gradients of both operands of each product)
+
+        A KAN layer of P weights is a matrix product of P weights, so it costs what a linear layer does. Attention is
+        counted over the full square, as `torch.utils.flop_counter` does; recomputation is not counted.
+
+        Args:
+            seq_len: tokens in the sequence, all of them processed at once.
+            training: count the backward pass too.
+        """
+        weights = sum(
+            weight.numel()
+            for module in self.modules()
+            if isinstance(module, (nn.Linear, KANLinear))
+            for weight in module.parameters(recurse=False)
+            if weight.ndim == 2
+        )
+        config = self.config
+        attention = 2 * seq_len * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        return (6 if training else 2) * (weights + attention)
+
+    def kan_layers(self) -> Iterator[tuple[str, KANLinear]]:
+        """Every `KANLinear` of the model with its name."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, KANLinear))
+
+    def extend_grid(self, grid_size: int) -> None:
+        """Refine every KAN layer to `grid_size` intervals without changing its function; see `KANLinear.extend_grid`.
+
+        The parameters are replaced: make a new optimizer afterwards.
+        """
+        for _, layer in self.kan_layers():
+            layer.extend_grid(grid_size)
+        self.config.grid_size = grid_size
+
+    @torch.no_grad()
+    def out_of_grid_fraction(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """The share of each KAN layer's inputs that fall outside its grid, where only the base term acts.
+
+        Runs one forward pass without gradient.
+
+        Args:
+            *args, **kwargs: passed to the model, such as `input_ids` and `attention_mask`.
+
+        Returns:
+            One scalar tensor for each KAN layer, by the layer's name; empty where the model has none.
+        """
+        fractions = {}
+
+        def record(layer, inputs, name):
+            fractions[name] = layer.out_of_grid_fraction(inputs[0])
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda layer, inputs, name=name: record(layer, inputs, name))
+            for name, layer in self.kan_layers()
+        ]
+        try:
+            with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
+                self(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return fractions
+
+
+class KansformerModel(KansformerPreTrainedModel):
+    """The decoder without a head: token ids (batch, seq) to normalised hidden states (batch, seq, hidden_size)."""
+
+    def __init__(self, config: KansformerConfig):
+        config.validate_architecture()  # fields set after construction, as from_pretrained(..., field=value) does
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(KansformerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = KansformerRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = KansformerRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch, after the final norm.
+
+        Args:
+            input_ids: int64 (batch, seq). Exactly one of this and `inputs_embeds`.
+            attention_mask: (batch, past + seq), 1 for tokens and 0 for padding. None: no padding.
+            position_ids: int64 (batch, seq). None: counted on from the length of the cache.
+            past_key_values: cache to read and extend.
+            inputs_embeds: (batch, seq, hidden_size).
+            use_cache: make a cache where none is given, and return it.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and what the attention function takes.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            # Positional: the hooks that record hidden states and reentrant checkpointing look at the first argument.
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class KansformerForCausalLM(KansformerPreTrainedModel, GenerationMixin):
+    """The language model: a Kansformer with a linear head over the vocabulary, tied to the embeddings or not."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: KansformerConfig):
+        super().__init__(config)
+        self.model = KansformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss where labels are given. Other arguments as in `KansformerModel.forward`.
+
+        Args:
+            labels: int64 (batch, seq), the tokens themselves (shifted here); -100 is ignored. The loss is their mean
+                cross entropy in nats, or their sum over `num_items_in_batch` where that is passed.
+            logits_to_keep: the last that many positions, or the positions in a 1-D tensor. 0: all of them.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class KansformerForSequenceClassification(GenericForSequenceClassification, KansformerPreTrainedModel):
+    """One label for a sequence, from its last token that is not padding."""
+
+
+class KansformerForTokenClassification(GenericForTokenClassification, KansformerPreTrainedModel):
+    """One label for each token."""
+
+
+class KansformerForQuestionAnswering(GenericForQuestionAnswering, KansformerPreTrainedModel):
+    """Start and end of the answer's span."""
+
+
+def residual_init_gain(config: KansformerConfig) -> float:
+    """1 / sqrt(2 L): with L layers adding two terms each, the residual stream's variance grows by one in all."""
+    return (2 * config.num_hidden_layers) ** -0.5
