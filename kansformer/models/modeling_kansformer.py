@@ -1,20 +1,19 @@
 """The Kansformer: a Llama-family decoder whose feed-forward block is one of `kansformer.layers`.
 
-Attention, RMSNorm and rotary embedding are Llama's own (Touvron et al. 2023, arXiv:2302.13971), so that models that differ
-in `ffn_type` differ in nothing else. A decoder layer is
+Attention, RMSNorm and rotary embedding are Llama's own (Touvron et al. 2023, arXiv:2302.13971), so that models
+that differ in `ffn_type` differ in nothing else. A decoder layer is
 
     x = x + attention(norm(x))
     x = x + mlp(norm(x))
 
-Initialisation keeps the variance of the residual stream bounded: linear layers draw from N(0, 1/fan_in), those that write
-into the residual stream from N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear.reset_parameters`.
+Initialisation keeps the variance of the residual stream bounded: linear layers draw from N(0, 1/fan_in), those that
+write into the residual stream from N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear`.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -43,7 +42,18 @@ class KansformerRMSNorm(LlamaRMSNorm):
 
 
 class KansformerRotaryEmbedding(LlamaRotaryEmbedding):
-    """Cosines and sines of the rotary position embedding (arXiv:2104.09864), with transformers' scaling variants."""
+    """Cosines and sines of the rotary position embedding (arXiv:2104.09864), with transformers' scaling variants.
+
+    The frequencies stay float32 under `.to(dtype)`: rounded to bfloat16 they would turn position 1,000 by radians.
+    """
+
+    def _apply(self, fn, recurse=True):
+        frequencies = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, frequency in frequencies.items():
+            if (cast := getattr(self, name)).dtype != torch.float32:
+                setattr(self, name, frequency.to(cast.device))
+        return self
 
 
 class KansformerAttention(LlamaAttention):
