@@ -472,7 +472,7 @@ def _initial_edge(grid_size: int, spline_order: int, grid_range: tuple[float, fl
     points = (x.clamp(*grid_range) if base is None else x).unsqueeze(-1)
     b = splines.basis(points, grid, grid_size, spline_order).squeeze(-2)
     slope = splines.basis(points, grid, grid_size, spline_order, derivative=True).squeeze(-2) * inside.unsqueeze(-1)
-    f = activation(x, base or "silu")
+    f = activation(points.squeeze(-1), base or "silu")
     root = probability.sqrt().unsqueeze(-1)
     coefficients = splines.least_squares(root * b, root * f.unsqueeze(-1))
     if base is None:

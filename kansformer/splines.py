@@ -73,13 +73,6 @@ def cardinal_derivative(s: Tensor, spline_order: int) -> Tensor:
     raise ValueError(f"closed forms exist for spline_order 1, 2 and 3, not {spline_order}")
 
 
-def position(x: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> Tensor:
-    """t = (x - lo) / h in at least float32, clamped just past the last knot, where every spline is zero."""
-    x = _upcast(x)
-    t = (x - grid[..., 0].to(x.dtype)) * inverse_width(grid, grid_size, x.dtype)
-    return t.clamp(-(spline_order + 1), grid_size + spline_order + 1)
-
-
 def inverse_width(grid: Tensor, grid_size: int, dtype: torch.dtype) -> Tensor:
     """1 / h = G / (hi - lo) in `dtype`: (...,) for a grid (..., 2)."""
     lo, hi = grid.to(dtype).unbind(-1)
@@ -97,7 +90,8 @@ def basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int, derivative
     """
     if spline_order > 3 and not derivative:
         return cox_de_boor(x, grid, grid_size, spline_order)
-    t = position(x, grid, grid_size, spline_order)
+    # Clamped just past the last knot, where every spline is zero: infinite x must not meet its own square.
+    t = _position(x, grid, grid_size).clamp(-(spline_order + 1), grid_size + spline_order + 1)
     c = torch.arange(num_basis(grid_size, spline_order), dtype=t.dtype, device=t.device)
     s = t.unsqueeze(-1) - (c + (1 - spline_order) / 2)
     if not derivative:
@@ -106,15 +100,15 @@ def basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int, derivative
 
 
 def live_basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> tuple[Tensor, Tensor]:
-    """The k + 1 splines that can be non-zero at x.
+    """Where the k + 1 splines that can be non-zero at x begin.
 
     Returns:
         first: (..., I) int64 in [0, G-1]; the live splines are first .. first + k.
-        s: (..., I) the position relative to the first one's centre: spline first + r has the value M_k(s - r).
+        s: (..., I), the position relative to the first one's centre: spline first + r has the value M_k(s - r).
     """
-    t = position(x, grid, grid_size, spline_order)
-    first = t.detach().nan_to_num(0.0).floor_().clamp_(0, grid_size - 1)
-    return first.long(), t - first - (1 - spline_order) / 2
+    t = _position(x, grid, grid_size)
+    first = t.floor().long().clamp_(0, grid_size - 1)  # NaN becomes some integer here and stays NaN in s
+    return first, t - (first + (1 - spline_order) / 2)
 
 
 def fit(x: Tensor, y: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> Tensor:
@@ -181,6 +175,12 @@ def least_squares(a: Tensor, b: Tensor) -> Tensor:
     cutoff = s.amax(-1, keepdim=True) * max(a.shape[-2:]) * torch.finfo(a.dtype).eps
     inverse = torch.where(s > cutoff, 1 / s, 0)
     return vh.mT @ (inverse.unsqueeze(-1) * (u.mT @ (q.mT @ b)))
+
+
+def _position(x: Tensor, grid: Tensor, grid_size: int) -> Tensor:
+    """t = (x - lo) / h in at least float32."""
+    x = _upcast(x)
+    return (x - grid[..., 0].to(x.dtype)) * inverse_width(grid, grid_size, x.dtype)
 
 
 def _upcast(x: Tensor) -> Tensor:

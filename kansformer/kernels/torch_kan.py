@@ -42,8 +42,8 @@ def forward(
         return y.add_(_decode(x, gate, spline_weight, grid, grid_size, spline_order))
     phi = None
     for rows in _chunks(x, spline_weight):
-        live, values, _ = _live(x[rows], grid, grid_size, spline_order)
-        phi = _scatter(live, values, None if gate is None else gate[rows], spline_weight, phi)
+        columns, values, _ = _live(x[rows], grid, grid_size, spline_order)
+        phi = _scatter(columns, values, None if gate is None else gate[rows], spline_weight, phi)
         y[rows].addmm_(phi, spline_weight)
     return y
 
@@ -63,50 +63,45 @@ def backward(
     """Gradients (dx, dgate, dspline_weight, dbase_weight), each only where `needs` says so."""
     need_x, need_gate, need_spline, need_base = needs
     dtype = spline_weight.dtype
-    work = torch.promote_types(torch.promote_types(x.dtype, torch.float32), dtype)
-    dx = x.new_zeros(x.shape, dtype=work) if need_x else None
-    dgate = x.new_zeros(x.shape, dtype=work) if need_gate else None
     # Chunks add up in float32 or better, whatever the weights' dtype.
+    work = torch.promote_types(torch.float32, dtype)
+    dx = torch.empty_like(x) if need_x else None
+    dgate = torch.empty_like(gate) if need_gate else None
     dspline = torch.zeros_like(spline_weight, dtype=work) if need_spline else None
-    phi = dphi = None
-    if need_x or need_gate or need_spline:
-        for rows in _chunks(x, spline_weight):
-            live, values, slopes = _live(x[rows], grid, grid_size, spline_order, slopes=need_x)
-            gate_rows = None if gate is None else gate[rows]
-            if need_spline:
-                phi = _scatter(live, values, gate_rows, spline_weight, phi)
-                if work == dtype:
-                    dspline.addmm_(phi.mT, dy[rows])
-                else:
-                    dspline += phi.mT @ dy[rows]
-            if need_x or need_gate:
-                if dphi is None or dphi.shape[0] != live.shape[0]:
-                    dphi = dy.new_empty(live.shape[0], spline_weight.shape[0])
-                torch.mm(dy[rows], spline_weight.mT, out=dphi)
-                for r, value in enumerate(values):
-                    d = dphi.gather(1, live + r).to(work)
-                    if need_gate:
-                        dgate[rows].addcmul_(d, value.to(work))
-                    if need_x:
-                        dx[rows].addcmul_(d, slopes[r].to(work))
-    if gate is not None and need_x:
-        dx *= gate
-    dbase = None
-    if base_weight is not None:
+    dbase = torch.zeros_like(base_weight, dtype=work) if need_base else None
+    buffer = None
+    for rows in _chunks(x, spline_weight):
+        dy_rows, x_rows, gate_rows = dy[rows], x[rows], None if gate is None else gate[rows]
+        columns, values, slopes = _live(x_rows, grid, grid_size, spline_order, slopes=need_x)
+        if need_spline or buffer is None or len(buffer) != len(x_rows):
+            buffer = _scatter(columns, values, gate_rows, spline_weight, buffer)
+        if need_spline:
+            _add_product(dspline, buffer.mT, dy_rows)
         if need_base:
-            dbase = dy.mT @ _base_input(x, gate, base_activation, dtype)
-        if need_x or need_gate:
-            dinput = (dy @ base_weight).to(work)
-            if need_gate:
-                dgate.addcmul_(dinput, activation(x.to(work), base_activation))
-            if need_x:
-                dx += _activation_backward(dinput if gate is None else dinput * gate, x.to(work), base_activation)
-    return (
-        None if dx is None else dx.to(x.dtype),
-        None if dgate is None else dgate.to(gate.dtype),
-        None if dspline is None else dspline.to(dtype),
-        dbase,
-    )
+            _add_product(dbase, dy_rows.mT, _base_input(x_rows, gate_rows, base_activation, dtype))
+        if not (need_x or need_gate):
+            continue
+        dphi = torch.mm(dy_rows, spline_weight.mT, out=buffer)
+        live = dphi.gather(1, columns.flatten(1)).view_as(values)
+        dinput = dy_rows @ base_weight if base_weight is not None else None
+        if need_gate:
+            d = (live * values).sum(1)
+            if dinput is not None:
+                d = d.addcmul_(dinput, activation(x_rows, base_activation))
+            dgate[rows] = d
+        if need_x:
+            d = (live * slopes).sum(1)
+            if dinput is not None:
+                d += _activation_backward(dinput.to(x.dtype), x_rows, base_activation)
+            dx[rows] = d if gate is None else d.mul_(gate_rows)
+    return dx, dgate, None if dspline is None else dspline.to(dtype), None if dbase is None else dbase.to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def use_decode(rows: int, count: int, spline_order: int, device_type: str) -> bool:
@@ -148,44 +143,56 @@ def _chunks(x: Tensor, spline_weight: Tensor) -> list[slice]:
 
 def _live(
     x: Tensor, grid: Tensor, grid_size: int, spline_order: int, slopes: bool = False
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Columns of Phi (rows, I) of the first live splines; values and derivatives of the k + 1, each (rows, I)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Columns in Phi, values and (if asked) derivatives in x of the k + 1 live splines, each (rows, k + 1, I)."""
     first, s = splines.live_basis(x, grid, grid_size, spline_order)
+    r = torch.arange(spline_order + 1, device=x.device).unsqueeze(-1)
     first += torch.arange(x.shape[1], device=x.device) * (grid_size + spline_order)
-    offsets = range(spline_order + 1)
-    values = [splines.cardinal(s - r, spline_order) for r in offsets]
-    if not slopes:
-        return first, values, []
-    inverse_h = splines.inverse_width(grid, grid_size, s.dtype)
-    return first, values, [splines.cardinal_derivative(s - r, spline_order) * inverse_h for r in offsets]
+    values, derivatives = _cardinal(s.unsqueeze(1) - r.to(s.dtype), spline_order, slopes)
+    if derivatives is not None:
+        derivatives *= splines.inverse_width(grid, grid_size, s.dtype)
+    return first.unsqueeze(1) + r, values, derivatives
 
 
-def _scatter(live: Tensor, values: list[Tensor], gate: Tensor | None, weight: Tensor, phi: Tensor | None) -> Tensor:
+def _cardinal(s: Tensor, spline_order: int, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """splines.cardinal and, if asked, its derivative, with shared powers and few temporaries.
+
+    With m = max(0, (k+1)/2 - |s|) and n = max(0, (k-1)/2 - |s|): M_2 = (m^2 - 3 n^2) / 2, M_3 = (m^3 - 4 n^3) / 6.
+    """
+    a = s.abs()
+    m = ((spline_order + 1) / 2 - a).clamp_min_(0)
+    if spline_order == 1:
+        return m, splines.cardinal_derivative(s, 1) if slope else None
+    n = a.neg_().add_((spline_order - 1) / 2).clamp_min_(0)
+    if spline_order == 2:
+        value = (m * m).sub_(n * n, alpha=3).mul_(1 / 2)
+        return value, m.sub_(n, alpha=3).copysign_(s).neg_() if slope else None
+    m2, n2 = m * m, n * n
+    value = m.mul_(m2).sub_(n.mul_(n2), alpha=4).mul_(1 / 6)
+    return value, m2.mul_(1 / 2).sub_(n2, alpha=2).copysign_(s).neg_() if slope else None
+
+
+def _scatter(columns: Tensor, values: Tensor, gate: Tensor | None, weight: Tensor, phi: Tensor | None) -> Tensor:
     """Phi (rows, I*C) in the weights' dtype, into the buffer `phi` where its size fits."""
-    if phi is None or phi.shape[0] != live.shape[0]:
-        phi = weight.new_empty(live.shape[0], weight.shape[0])
-    phi.zero_()
-    for r, value in enumerate(values):
-        phi.scatter_(1, live + r, (value if gate is None else value * gate).to(weight.dtype))
-    return phi
+    if phi is None or len(phi) != len(columns):
+        phi = weight.new_empty(len(columns), weight.shape[0])
+    values = values if gate is None else values * gate.unsqueeze(1)
+    return phi.zero_().scatter_(1, columns.flatten(1), values.to(weight.dtype).flatten(1))
 
 
 def _decode(x: Tensor, gate: Tensor | None, weight: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> Tensor:
     """The spline term for few rows: a weighted sum of the live coefficient rows, one bag a thread at least."""
-    live, values, _ = _live(x, grid, grid_size, spline_order)
-    index = torch.stack([live + r for r in range(spline_order + 1)], -1)
-    values = torch.stack(values, -1)
+    columns, values, _ = _live(x, grid, grid_size, spline_order)
     if gate is not None:
-        values = values * gate.unsqueeze(-1)
+        values = values * gate.unsqueeze(1)
+    index, values = columns.mT.flatten(), values.mT.flatten().to(weight.dtype)  # an input's live rows are adjacent
     # embedding_bag sums a bag on one thread: split the inputs of a row into enough bags for all threads.
     rows, inputs = x.shape
     bags = min(inputs, math.ceil(DECODE_BAGS / rows))
     step = math.ceil(inputs / bags)
     starts = torch.arange(0, inputs, step, device=x.device)
     offsets = (torch.arange(rows, device=x.device).unsqueeze(1) * inputs + starts) * (spline_order + 1)
-    sums = F.embedding_bag(
-        index.view(-1), weight, offsets.view(-1), mode="sum", per_sample_weights=values.to(weight.dtype).view(-1)
-    )
+    sums = F.embedding_bag(index, weight, offsets.flatten(), mode="sum", per_sample_weights=values)
     return sums.view(rows, len(starts), -1).sum(1)
 
 
