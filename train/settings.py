@@ -1,0 +1,185 @@
+"""The settings of a run: one yaml file, any key overridden on the command line, all of it checked before any work."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import AutoConfig, PretrainedConfig
+
+
+@dataclass
+class Settings:
+    # what is trained, on what
+    model: str = "configs/models/tiny_kan_gated.json"  # a model configuration that AutoConfig reads
+    model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.ffn_type swiglu
+    data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
+    text_column: str = "text"  # the text's field in .jsonl files and hub datasets
+    tokenizer: str = "byte"  # or a tokenizer folder or name
+    val_split: str = "tail"  # tail: the end of the text; document: whole documents, by hash
+    val_fraction: float = 0.1
+    sequence_length: int = 256
+    # how
+    steps: int = 1000
+    batch_size: int = 16  # sequences a step, over all processes and accumulation
+    micro_batch_size: int | None = None  # sequences a process holds at once; the rest is accumulated. null: its share
+    learning_rate: float = 1e-3
+    min_lr_ratio: float = 0.1  # where the cosine ends, as a share of learning_rate
+    warmup_steps: int = 100
+    weight_decay: float = 0.1  # of matrices; norms, biases and embeddings do not decay
+    spline_lr_ratio: float = 1.0  # of learning_rate, for spline coefficients
+    spline_weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    # on what
+    device: str = "auto"  # auto: a GPU where there is one; cpu
+    processes: int | None = None  # stop unless the launcher started exactly so many
+    precision: str = "no"  # no: fp32; bf16: autocast
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    # what is written
+    output_dir: str = "runs/train"
+    cache_dir: str = "runs/cache"  # token files, shared between runs
+    log_every: int = 10
+    eval_every: int = 250
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    resume: str = "auto"  # auto: go on from the newest whole checkpoint of output_dir; none: refuse a used output_dir
+    max_minutes: float | None = None  # then save and stop, as on SIGTERM
+
+    def __post_init__(self):
+        for name, kind in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _typed(name, getattr(self, name), kind))
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "learning_rate",
+            "log_every",
+            "eval_every",
+            "save_every",
+        ):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "must be positive")
+        for name in ("micro_batch_size", "max_grad_norm", "processes", "max_minutes", "keep_checkpoints"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value > 0, "must be positive, or null for none")
+        for name in ("warmup_steps", "weight_decay", "spline_weight_decay", "spline_lr_ratio", "seed"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "must not be negative")
+        for name in ("beta1", "beta2"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
+        _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]")
+        _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "must lie strictly between 0 and 1")
+        _check("warmup_steps", self.warmup_steps, self.warmup_steps < self.steps, f"must be below steps ({self.steps})")
+        choices = {"val_split": ("tail", "document"), "device": ("auto", "cpu"), "precision": ("no", "bf16")}
+        for name, allowed in choices.items():
+            _check(name, getattr(self, name), getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+        _check("resume", self.resume, self.resume in ("auto", "none"), "must be auto or none")
+
+
+# Keys that change neither the weights nor the text: they may differ between a checkpoint and the run that resumes it.
+FREE_KEYS = {
+    *("micro_batch_size", "device", "processes", "compile", "gradient_checkpointing", "output_dir", "cache_dir"),
+    *("log_every", "eval_every", "save_every", "keep_checkpoints", "resume", "max_minutes"),
+}
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Settings from `[FILE.yaml] [--KEY VALUE | --KEY=VALUE | --model.FIELD VALUE] ...`; the command line wins.
+
+    Raises:
+        ValueError: for an unknown key (naming the nearest known one), a wrong type or a value out of range.
+    """
+    if {"-h", "--help"} & set(arguments):
+        raise SystemExit(f"{parse.__doc__.splitlines()[0]}\n\n{inspect.getsource(Settings).split('    def ')[0]}")
+    values: dict = {}
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("--"):
+        path = Path(arguments.pop(0))
+        if not path.is_file():
+            raise FileNotFoundError(f"settings file {str(path)!r} does not exist (looked from {Path.cwd()})")
+        values = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `key: value` lines, not a {type(values).__name__}")
+    values["model_overrides"] = dict(values.get("model_overrides") or {})
+    while arguments:
+        option = arguments.pop(0)
+        key, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not key:
+            raise ValueError(f"expected --key value, not {option!r}")
+        if not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise ValueError(f"{option} needs a value")
+            value = arguments.pop(0)
+        target, name = (values["model_overrides"], key[6:]) if key.startswith("model.") else (values, key)
+        target[name] = _number(yaml.safe_load(value))
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r}{_nearest(key, known)}")
+    return Settings(**values)
+
+
+def model_config(settings: Settings, num_tokens: int) -> PretrainedConfig:
+    """The model's configuration: the json file, then the overrides, with a vocabulary for `num_tokens` tokens.
+
+    The vocabulary follows the tokenizer, rounded up to a multiple of 64 (shards and tensor cores want that).
+    """
+    path = Path(settings.model)
+    if not path.is_file():
+        raise FileNotFoundError(f"model {settings.model!r} is not a file (looked from {Path.cwd()})")
+    fields = json.loads(path.read_text()) | {"vocab_size": -(-num_tokens // 64) * 64}
+    known = set(AutoConfig.for_model(fields["model_type"]).to_dict()) | set(fields)
+    for key in settings.model_overrides:
+        if key not in known:
+            raise ValueError(f"unknown model field {key!r}{_nearest(key, known)}")
+    config = AutoConfig.for_model(**fields | settings.model_overrides)
+    if config.vocab_size < num_tokens:
+        raise ValueError(f"model.vocab_size {config.vocab_size} is smaller than the tokenizer's {num_tokens} tokens")
+    if settings.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length {settings.sequence_length} exceeds the model's max_position_embeddings "
+            f"{config.max_position_embeddings}: lower the one or raise the other (--model.max_position_embeddings)"
+        )
+    return config
+
+
+def _nearest(key: str, known) -> str:
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f": did you mean {match[0]!r}?" if match else ""
+
+
+def _check(name: str, value, valid: bool, rule: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} = {value!r} {rule}")
+
+
+def _number(value):
+    """YAML 1.1 reads 1e-3 as text: read it as the number it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _typed(name: str, value, kind):
+    """`value` as `kind` without loss (an int is a float, 1e3 is an int), or ValueError."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and isinstance(_number(value), (int, float)) and not isinstance(value, bool):
+        return float(_number(value))
+    if int in kinds and isinstance(_number(value), float) and _number(value).is_integer():
+        return int(_number(value))
+    if type(value) in kinds:
+        return value
+    wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+    raise ValueError(f"{name} = {value!r} must be of type {wanted}, not {type(value).__name__}")
