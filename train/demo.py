@@ -1,0 +1,219 @@
+"""The demonstration: a KAN transformer learns Shakespeare beside a SwiGLU transformer of equal size.
+
+    python train/demo.py [--steps N] [--output_dir runs/demo]
+
+Each model is trained by `train.py` in a process of its own (so that peak memory is its own), on the same text in the
+same order, from the same seed; then loaded as any Hugging Face model, asked for a sample, and drawn.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import transformers
+from matplotlib.ticker import FuncFormatter
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import kansformer  # registers the model with the Auto classes
+from kansformer import splines
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SETTINGS = REPOSITORY / "configs/train/demo.yaml"
+MODELS = {"kan_gated": "tiny_kan_gated", "swiglu": "tiny_swiglu"}
+COLOURS = {"kan_gated": "#c2410c", "swiglu": "#1d4ed8"}
+PROMPT = "ROMEO:\n"
+EDGES = 5  # drawn as EDGES x EDGES
+INK, FAINT = "#1f2937", "#9ca3af"
+STYLE = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, help="steps a model, in place of the settings file's")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    arguments = parser.parse_args()
+    output = arguments.output_dir
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"kansformer {kansformer.__version__}; device: {device}",
+        flush=True,
+    )
+    started = time.perf_counter()
+    for name in MODELS:
+        train(name, output, arguments.steps)
+    plt.rcParams.update(STYLE)
+    pictures = [draw_losses(output), draw_edges(output)]
+    results = {name: json.loads((output / name / "results.json").read_text()) for name in MODELS}
+    (output / "table.json").write_text(json.dumps(results, indent=1))
+    (output / "table.md").write_text(table(results))
+    for name in MODELS:
+        print(f"\n--- a sample of {name} ---\n{sample(output / name / 'model')}")
+    print(f"\n{table(results)}\n{time.perf_counter() - started:.0f} seconds in all.\n")
+    print(f"table: {output / 'table.md'} and table.json\nloss curves: {pictures[0]}\nedge functions: {pictures[1]}")
+    print("models: " + ", ".join(str(output / name / "model") for name in MODELS))
+
+
+def train(name: str, output: Path, steps: int | None) -> None:
+    """Train one model from the start, in a process of its own."""
+    print(f"\n=== {name} ===", flush=True)
+    shutil.rmtree(output / name, ignore_errors=True)
+    command = [sys.executable, str(REPOSITORY / "train/train.py"), str(SETTINGS)]
+    command += ["--model", str(REPOSITORY / f"configs/models/{MODELS[name]}.json"), "--output_dir", str(output / name)]
+    if steps:
+        command += ["--steps", str(steps), "--warmup_steps", str(min(100, steps // 5))]
+    subprocess.run(command, check=True)
+
+
+def table(results: dict) -> str:
+    """The comparison as markdown."""
+    columns = {
+        "parameters": ("parameters", "{:,}"),
+        "feed-forward parameters": ("feed_forward_parameters", "{:,}"),
+        "validation loss (nats/token)": ("val_loss", "{:.3f}"),
+        "bits per byte": ("val_bits_per_byte", "{:.3f}"),
+        "tokens/s": ("tokens_per_second", "{:,.0f}"),
+        "peak memory (MB)": ("peak_memory_bytes", "{:,.0f}"),
+    }
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for name, figures in results.items():
+        values = figures | {"peak_memory_bytes": figures["peak_memory_bytes"] / 1e6}
+        cells = [pattern.format(values[key]) for key, pattern in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sample(folder: Path, max_new_tokens: int = 240) -> str:
+    """Text that a saved model writes after PROMPT."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    set_seed(0)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=50)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def draw_losses(output: Path) -> Path:
+    """Validation loss (points) and smoothed training loss (lines) of each model."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    finals = {}
+    for name, colour in COLOURS.items():
+        lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
+        steps, losses = np.array([(x["step"], x["loss"]) for x in lines if "loss" in x]).T
+        width = max(1, len(losses) // 20)
+        smooth = np.convolve(losses, np.ones(width) / width, "valid")
+        axes.plot(steps[width - 1 :], smooth, color=colour, alpha=0.35, linewidth=1.2)
+        steps, losses = np.array([(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]).T
+        axes.plot(steps, losses, "o-", color=colour, markersize=4, linewidth=1.8)
+        finals[name] = (steps[-1], losses[-1])
+    low, high = sorted(finals, key=lambda name: finals[name][1])
+    for name, offset in ((low, -9), (high, 9)):
+        step, loss = finals[name]
+        text = f"{name}  {loss:.3f}"
+        axes.annotate(text, (step, loss), (8, offset), textcoords="offset points", color=COLOURS[name], va="center")
+    top = np.percentile([x["loss"] for x in lines if "loss" in x], 92)
+    axes.set(xlabel="steps", ylabel="loss (nats per byte)", ylim=(None, top), xlim=(0, finals[low][0] * 1.2))
+    axes.set_title("Tiny Shakespeare: validation (dots) and training loss (faint)", loc="left", fontsize=10)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    return save(figure, output / "loss.png")
+
+
+@torch.no_grad()
+def draw_edges(output: Path) -> Path:
+    """The functions of the strongest edges of a KAN layer in the middle, over the density of their inputs."""
+    folder = output / "kan_gated"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    set_seed(0)  # the settings' seed: the model as it was before training
+    before = AutoModelForCausalLM.from_config(model.config)
+    index = model.config.num_hidden_layers // 2
+    layer, initial = (m.model.layers[index].mlp.down_proj for m in (model, before))
+    inputs = layer_inputs(model, layer, AutoTokenizer.from_pretrained(folder / "model"))
+
+    # Energy of an edge: the variance of its function over the inputs it saw.
+    lo, hi = layer.grid[0].tolist()
+    seen = inputs.clamp(lo, hi)
+    energy = edge_functions(layer, seen).var(0)  # (I, O)
+    strongest = []
+    while len(strongest) < EDGES**2:
+        i, o = divmod(int(energy.argmax()), energy.shape[1])
+        strongest.append((i, o))
+        energy[i, :] = energy[:, o] = -1  # one edge for each input and each output: more to see
+
+    x = torch.linspace(lo, hi, 241)
+    curves, start = (edge_functions(m, x[:, None].expand(-1, layer.in_features)) for m in (layer, initial))
+    knots = np.linspace(lo, hi, layer.grid_size + 1)
+    figure, axes = plt.subplots(EDGES, EDGES, figsize=(8.2, 8.0), layout="constrained", sharex=True)
+    for axis, (i, o) in zip(axes.flat, strongest):
+        density = axis.twinx()
+        density.hist(inputs[:, i].numpy(), bins=40, range=(lo, hi), density=True, color="#e5e7eb")
+        density.set(ylim=(0, 1.6), yticks=[])
+        density.spines[:].set_visible(False)
+        axis.set_zorder(density.get_zorder() + 1)
+        axis.patch.set_visible(False)
+        axis.axhline(0, color=FAINT, linewidth=0.5)
+        axis.plot(x, start[:, i, o], color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)))
+        axis.plot(x, curves[:, i, o], color=COLOURS["kan_gated"], linewidth=1.7)
+        at_knots = edge_functions(layer, torch.tensor(knots, dtype=torch.float32)[:, None].expand(-1, len(layer.grid)))
+        axis.plot(knots, at_knots[:, i, o], "o", color=COLOURS["kan_gated"], markersize=3)
+        reach = 1.15 * max(curves[:, i, o].abs().max().item(), start[:, i, o].abs().max().item())
+        axis.set(xlim=(lo, hi), ylim=(-reach, reach), xticks=[lo, 0, hi])
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.locator_params(axis="y", nbins=3)
+        axis.tick_params(labelsize=7, length=2)
+        axis.set_title(f"z{i} → y{o}", fontsize=8, pad=3)
+    figure.suptitle(
+        f"Learned edge functions φ(z), layer {index}: the strongest edge of each of {EDGES**2} hidden units\n"
+        "dashed: before training; dots: knots; shaded: density of the input on held-out text",
+        fontsize=9.5,
+    )
+    return save(figure, output / "edges.png")
+
+
+def layer_inputs(model, layer, tokenizer) -> torch.Tensor:
+    """What a layer sees, (tokens, I), on the end of the text, which was held out."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    text = (REPOSITORY / "train/tinyshakespeare.txt").read_text()[-8192:]
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: 64 * 128].view(-1, 128)
+    model(input_ids=tokens)
+    hook.remove()
+    return torch.cat(seen).flatten(0, -2)
+
+
+def edge_functions(layer, x: torch.Tensor) -> torch.Tensor:
+    """phi_oi(x_ni) of every edge of a KAN layer without base term: (N, I) to (N, I, O)."""
+    basis = splines.basis(x, layer.grid, layer.grid_size, layer.spline_order)  # (N, I, C)
+    coefficients = layer.spline_weight.view(layer.in_features, layer.num_basis, layer.out_features)
+    return torch.einsum("nic,ico->nio", basis, coefficients)
+
+
+def save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    main()
