@@ -37,7 +37,7 @@ def cox_de_boor(x: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> T
     """B_c(x) for any order by the Cox-de Boor recursion (de Boor 1972): (..., I) to (..., I, C). Slow; a reference."""
     x = _upcast(x)
     t = knots(grid.to(x.dtype), grid_size, spline_order)
-    x = x.unsqueeze(-1)
+    x = x.unsqueeze(-1).clamp(t[..., :1] - 1, t[..., -1:])
     b = ((x >= t[..., :-1]) & (x < t[..., 1:])).to(x.dtype)
     for k in range(1, spline_order + 1):
         left = (x - t[..., : -k - 1]) / (t[..., k:-1] - t[..., : -k - 1])
@@ -52,7 +52,8 @@ def cardinal(s: Tensor, spline_order: int) -> Tensor:
     if spline_order == 1:
         return torch.where((s < -1) | (s >= 1), 0, torch.where(s < 0, 1 + s, 1 - s))
     if spline_order == 2:
-        return torch.where(a >= 1.5, 0, torch.where((s < -0.5) | (s >= 0.5), (1.5 - a).square() / 2, 0.75 - s.square()))
+        far, near = (1.5 - a).square() / 2, 0.75 - s.square()
+        return torch.where((s < -1.5) | (s >= 1.5), 0, torch.where((s < -0.5) | (s >= 0.5), far, near))
     if spline_order == 3:
         near = 2 / 3 - s.square() * (1 - a / 2)
         return torch.where(a >= 2, 0, torch.where(a >= 1, (2 - a).pow(3) / 6, near))
