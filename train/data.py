@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -225,37 +226,35 @@ def prepare(
 
 def _tokenize(corpus, tokenizer, folder: Path, split: str, fraction: float, progress: bool) -> None:
     dtype = np.dtype("uint16" if len(tokenizer) <= 1 << 16 else "uint32")
+    counts = {side: {"num_tokens": 0, "num_bytes": 0} for side in ("train", "validation")}
+    parts = (
+        ("validation" if held_out else "train", index == 0, piece)
+        for held_out, text in split_documents(corpus, split, fraction)
+        for index, piece in enumerate(pieces(text))
+    )
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     scratch.mkdir(parents=True)
-    sides = {side: {"num_tokens": 0, "num_bytes": 0} for side in ("train", "validation")}
     try:
-        streams = {side: open(scratch / f"{side}.bin", "wb") for side in sides}  # noqa: SIM115 (closed below)
-        parts = (
-            ("validation" if held_out else "train", index == 0, piece)
-            for held_out, text in split_documents(corpus, split, fraction)
-            for index, piece in enumerate(pieces(text))
-        )
-        with tqdm(desc=f"tokenising {corpus.source}", unit="B", unit_scale=True, disable=not progress) as bar:
+        with ExitStack() as stack:
+            streams = {side: stack.enter_context(open(scratch / f"{side}.bin", "wb")) for side in counts}
+            bar = tqdm(desc=f"tokenising {corpus.source}", unit="B", unit_scale=True, disable=not progress)
+            stack.enter_context(bar)
             while batch := list(islice(parts, 64)):
                 ids = tokenizer([piece for _, _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
                 for (side, first, piece), tokens in zip(batch, ids):
                     tokens = [tokenizer.eos_token_id] * first + tokens
-                    num_bytes = len(piece.encode())
                     streams[side].write(np.asarray(tokens, dtype).tobytes())
-                    sides[side]["num_tokens"] += len(tokens)
-                    sides[side]["num_bytes"] += num_bytes
-                    bar.update(num_bytes)
-        for stream in streams.values():
-            stream.close()
-        for side, counts in sides.items():
-            if counts["num_bytes"] == 0:
+                    counts[side]["num_tokens"] += len(tokens)
+                    counts[side]["num_bytes"] += len(piece.encode())
+                bar.update(sum(count["num_bytes"] for count in counts.values()) - bar.n)
+        for side, count in counts.items():
+            if count["num_bytes"] == 0:
                 raise ValueError(
                     f"data {corpus.source!r} leaves the {side} side without text (split={split!r}, "
                     f"fraction={fraction}): give more text, or another val_split or val_fraction"
                 )
-        (scratch / "meta.json").write_text(
-            json.dumps({"source": corpus.source, "dtype": dtype.name, **sides}, indent=1)
-        )
+        meta = {"source": corpus.source, "dtype": dtype.name, **counts}
+        (scratch / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             scratch.rename(folder)
         except OSError:

@@ -1,0 +1,144 @@
+"""The configurations in the repository: pairs of equal size, runs that parse, topologies that accelerate reads."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import kansformer  # noqa: F401 (registers the model)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "train"))
+
+import settings as settings_module  # noqa: E402
+from settings import Settings  # noqa: E402
+
+# Pair and the size its name promises, in millions of parameters.
+PAIRS = {"tiny": 0.82, "small_30m": 30, "125m": 125, "350m": 350, "1b": 1000}
+
+
+def counts(name: str) -> tuple[dict[str, int], dict]:
+    fields = json.loads((ROOT / f"configs/models/{name}.json").read_text())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    return model.parameter_counts(), fields
+
+
+@pytest.mark.parametrize("size", PAIRS)
+def test_pairs_have_equal_parameters_and_differ_only_in_the_feed_forward(size):
+    (kan, kan_fields), (swiglu, swiglu_fields) = counts(f"{size}_kan_gated"), counts(f"{size}_swiglu")
+    assert kan["total"] == pytest.approx(swiglu["total"], rel=0.01)
+    assert kan["feed_forward"] == pytest.approx(swiglu["feed_forward"], rel=0.02)
+    assert kan["total"] == pytest.approx(PAIRS[size] * 1e6, rel=0.1)
+    block = {"ffn_type", "intermediate_size", "gate_norm", "ffn_norm"}
+    block |= {"grid_size", "spline_order", "grid_range", "base_activation"}
+    shared = [{k: v for k, v in fields.items() if k not in block} for fields in (kan_fields, swiglu_fields)]
+    assert shared[0] == shared[1]
+    assert kan_fields["intermediate_size"] > 0  # explicit, in both
+    assert swiglu_fields["intermediate_size"] > 0
+    assert kan_fields["vocab_size"] % 64 == 0
+
+
+def test_every_model_file_belongs_to_a_pair():
+    names = {path.stem for path in (ROOT / "configs/models").glob("*.json")}
+    assert names == {f"{size}_{block}" for size in PAIRS for block in ("kan_gated", "swiglu")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda path: path.stem)
+def test_runs_parse_and_their_models_hold_their_sequences(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = settings_module.parse([str(path)])
+    config = settings_module.model_config(settings, num_tokens=258)
+    assert config.vocab_size == 320
+    assert (config.hidden_size, config.model_type) != (0, "")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_topologies_are_read_by_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    topology = load_config_from_file(str(path))
+    assert topology.num_processes % topology.num_machines == 0
+    assert topology.use_cpu == path.stem.endswith("cpu")
+    assert (topology.distributed_type == "FSDP") == ("fsdp2" in path.stem)
+    if "fsdp2" in path.stem:
+        assert topology.fsdp_config["fsdp_version"] == 2
+
+
+# Settings
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 200\nlearning_rate: 1e-3\nmodel_overrides:\n  hidden_size: 64\n")
+    return str(path)
+
+
+def test_command_line_overrides_the_file(yaml_file):
+    settings = settings_module.parse([yaml_file, "--learning_rate", "3e-4", "--batch_size=8", "--compile", "true"])
+    assert (settings.steps, settings.learning_rate, settings.batch_size, settings.compile) == (200, 3e-4, 8, True)
+    assert settings_module.parse([yaml_file]).learning_rate == 1e-3  # YAML 1.1 would read text
+    assert settings_module.parse([yaml_file, "--max_grad_norm", "null"]).max_grad_norm is None
+    overrides = settings_module.parse([yaml_file, "--model.ffn_type", "swiglu"]).model_overrides
+    assert overrides == {"hidden_size": 64, "ffn_type": "swiglu"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rte", "1"], "unknown setting 'learning_rte': did you mean 'learning_rate'"),
+        (["--steps", "many"], "steps = 'many' must be of type int, not str"),
+        (["--steps", "1.5"], "steps = 1.5 must be of type int"),
+        (["--steps", "true"], "steps = True must be of type int"),
+        (["--steps", "0"], "steps = 0 must be positive"),
+        (["--compile", "1"], "compile = 1 must be of type bool"),
+        (["--learning_rate", "-1"], "learning_rate = -1.0 must be positive"),
+        (["--learning_rate", "nan"], "learning_rate = nan must be positive"),
+        (["--val_fraction", "1"], r"val_fraction = 1.0 must lie strictly between 0 and 1"),
+        (["--warmup_steps", "2000"], r"warmup_steps = 2000 must be below steps \(1000\)"),
+        (["--precision", "fp16"], "precision = 'fp16' must be one of no, bf16"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "--compile"], "--steps needs a value"),
+        (["a.yaml", "b.yaml"], "does not exist"),
+    ],
+)
+def test_bad_settings_are_refused_with_value_and_remedy(arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        settings_module.parse(arguments)
+
+
+def test_unknown_key_in_the_file_names_the_nearest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("bacth_size: 4\n")
+    with pytest.raises(ValueError, match="unknown setting 'bacth_size': did you mean 'batch_size'"):
+        settings_module.parse([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"fnn_type": "kan"}, "unknown model field 'fnn_type': did you mean 'ffn_type'"),
+        ({"vocab_size": 64}, "model.vocab_size 64 is smaller than the tokenizer's 258 tokens"),
+        ({"max_position_embeddings": 8}, "sequence_length 256 exceeds"),
+        ({"ffn_type": "relu"}, "ffn_type"),
+    ],
+)
+def test_bad_model_fields_are_refused(overrides, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        settings_module.model_config(Settings(model_overrides=overrides), num_tokens=258)
+
+
+def test_vocabulary_follows_the_tokenizer_in_multiples_of_64(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for num_tokens, vocab_size in ((258, 320), (320, 320), (321, 384), (50257, 50304)):
+        assert settings_module.model_config(Settings(), num_tokens).vocab_size == vocab_size
+
+
+def test_every_free_key_is_a_setting():
+    assert {field.name for field in dataclasses.fields(Settings)} >= settings_module.FREE_KEYS
