@@ -133,6 +133,7 @@ class KansformerConfig(PreTrainedConfig):
                 match=self.match_ffn,
                 **self.ffn_options,
             )
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         self._report_inert_fields()
         super().__post_init__(**kwargs)
 
@@ -142,9 +143,8 @@ class KansformerConfig(PreTrainedConfig):
         options = {field: getattr(self, field) for field in _FFN_FIELDS[self.ffn_type]}
         return options if self.ffn_type == "mlp" else options | {"norm_eps": self.rms_norm_eps}
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor parallelism: attention, and the feed-forward block where no norm runs across its split width.
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Attention, and the feed-forward block where no norm runs across its split width.
 
         The KAN blocks stay replicated: their rows of `spline_weight` split by input feature, which no stock style does.
         """

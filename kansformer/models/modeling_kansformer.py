@@ -13,6 +13,7 @@ write into the residual stream from N(0, 1/(2 L fan_in)) for L layers, and KAN l
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -272,7 +273,7 @@ class KansformerModel(KansformerPreTrainedModel):
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit drafting lowers the number
             # Positional: the hooks that record hidden states and reentrant checkpointing look at the first argument.
             hidden_states = layer(
                 hidden_states,
@@ -320,6 +321,8 @@ class KansformerForCausalLM(KansformerPreTrainedModel, GenerationMixin):
                 cross entropy in nats, or their sum over `num_items_in_batch` where that is passed.
             logits_to_keep: the last that many positions, or the positions in a 1-D tensor. 0: all of them.
         """
+        if self.training and self.config.tie_word_embeddings and dist.is_available() and dist.is_initialized():
+            self._check_sharded_vocabulary()
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -341,6 +344,17 @@ class KansformerForCausalLM(KansformerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_sharded_vocabulary(self) -> None:
+        # transformers' loader shards tied embeddings unevenly in a way that FSDP2 then trains wrong, without a word.
+        from torch.distributed.fsdp import FSDPModule
+
+        rows, shards = self.config.vocab_size, dist.get_world_size()
+        if isinstance(self, FSDPModule) and rows % shards != 0:
+            raise ValueError(
+                f"vocab_size={rows}: must be a multiple of the {shards} shards that FSDP2 makes of tied embeddings; "
+                "pad it with resize_token_embeddings(new_num_tokens, pad_to_multiple_of=64)"
+            )
 
 
 class KansformerForSequenceClassification(GenericForSequenceClassification, KansformerPreTrainedModel):
