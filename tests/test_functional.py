@@ -1,0 +1,283 @@
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close, assert_twice
+from torch.utils.flop_counter import FlopCounterMode
+
+from kansformer import splines
+from kansformer.functional import BASE_ACTIVATIONS, choose_backend, kan_linear
+from kansformer.kernels import torch_kan
+
+I, O, G = 13, 7, 5
+
+
+def tensors(rows, spline_order, gated=False, based=True, dtype=torch.float64, x_dtype=None, grid_size=G):
+    """Random operands of one layer, scaled for outputs of about unit size; one grid a feature."""
+    x_dtype = x_dtype or dtype
+    count = splines.num_basis(grid_size, spline_order)
+    x = torch.randn(rows, I, dtype=torch.float64)
+    lo = -1 - torch.rand(I)
+    return {
+        "x": x.to(x_dtype).requires_grad_(),
+        "gate": torch.randn(rows, I, dtype=torch.float64).to(x_dtype).requires_grad_() if gated else None,
+        "spline_weight": (torch.randn(I * count, O, dtype=torch.float64) / 2).to(dtype).requires_grad_(),
+        "grid": torch.stack([lo, lo + 2 + torch.rand(I)], 1),
+        "base_weight": (torch.randn(O, I, dtype=torch.float64) / 3).to(dtype).requires_grad_() if based else None,
+    }
+
+
+def reference(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation="silu"):
+    """The formula with Phi written out, in float64."""
+    x, spline_weight = x.double(), spline_weight.double()
+    phi = splines.basis(x, grid, grid_size, spline_order)
+    base = torch_kan.activation(x, base_activation)
+    if gate is not None:
+        phi, base = phi * gate.double().unsqueeze(-1), base * gate.double()
+    y = phi.flatten(-2) @ spline_weight
+    return y if base_weight is None else y + F.linear(base, base_weight.double())
+
+
+def layer(t, spline_order, grid_size=G, **kwargs):
+    return kan_linear(**t, grid_size=grid_size, spline_order=spline_order, **kwargs)
+
+
+def gradients(y, t, cotangent):
+    names = [name for name in ("x", "gate", "spline_weight", "base_weight") if t[name] is not None]
+    return dict(zip(names, torch.autograd.grad(y, [t[name] for name in names], cotangent.to(y.dtype))))
+
+
+# Rows: none, one (the decode path), a few, and more than one chunk with a remainder.
+@pytest.mark.parametrize("rows", [0, 1, 3, 2 * torch_kan.CPU_CHUNK_ROWS + 5])
+@pytest.mark.parametrize("spline_order", [1, 2, 3])
+@pytest.mark.parametrize(("gated", "based"), list(itertools.product([False, True], repeat=2)))
+def test_forward_and_gradients(rows, spline_order, gated, based, poison_empty):
+    t = tensors(rows, spline_order, gated, based)
+    y, truth = layer(t, spline_order), reference(*t.values(), G, spline_order)
+    assert_close(y, truth, 1e-12)
+    cotangent = torch.randn_like(y)
+    expected = gradients(truth, t, cotangent)
+    for name, gradient in gradients(y, t, cotangent).items():
+        assert_close(gradient, expected[name], 1e-11, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 300])
+@pytest.mark.parametrize("x_dtype", [None, torch.float32])
+def test_low_precision(dtype, rows, x_dtype, poison_empty):
+    """Each result at most twice as far off as the written-out formula at the same dtype."""
+    t = tensors(rows, 3, gated=True, dtype=dtype, x_dtype=x_dtype)
+    y, truth = layer(t, 3), reference(*t.values(), G, 3)
+    phi = splines.basis(t["x"], t["grid"], G, 3) * t["gate"].unsqueeze(-1)
+    twin = phi.flatten(-2).to(dtype) @ t["spline_weight"]
+    twin = twin + F.linear((F.silu(t["x"]) * t["gate"]).to(dtype), t["base_weight"])
+    epsilon = 2 * torch.finfo(dtype).eps
+    assert y.dtype == dtype
+    assert_twice(y, twin, truth, epsilon)
+    cotangent = torch.randn_like(y)
+    expected, twins = gradients(truth, t, cotangent), gradients(twin, t, cotangent)
+    for name, gradient in gradients(y, t, cotangent).items():
+        assert gradient.dtype == t[name].dtype
+        assert_twice(gradient, twins[name], expected[name], epsilon, name)
+
+
+@pytest.mark.parametrize("base_activation", BASE_ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_base_activations(base_activation, gated):
+    t = tensors(40, 2, gated)
+    y, truth = (
+        layer(t, 2, base_activation=base_activation),
+        reference(*t.values(), G, 2, base_activation),
+    )
+    assert_close(y, truth, 1e-12)
+    cotangent = torch.randn_like(y)
+    expected = gradients(truth, t, cotangent)
+    for name, gradient in gradients(y, t, cotangent).items():
+        assert_close(gradient, expected[name], 1e-11, name)
+
+
+@pytest.mark.parametrize("wanted", [w for w in itertools.product([False, True], repeat=4) if any(w)])
+def test_only_the_gradients_asked_for(wanted):
+    t = tensors(30, 1, gated=True)
+    names = ("x", "gate", "spline_weight", "base_weight")
+    for name, need in zip(names, wanted):
+        t[name].requires_grad_(need)
+    y, truth = layer(t, 1), reference(*t.values(), G, 1)
+    cotangent = torch.randn_like(y)
+    asked = [t[name] for name, need in zip(names, wanted) if need]
+    for gradient, expected in zip(
+        torch.autograd.grad(y, asked, cotangent), torch.autograd.grad(truth, asked, cotangent)
+    ):
+        assert_close(gradient, expected, 1e-11)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("spline_order", [1, 2, 3])
+def test_on_knots_at_the_ends_and_far_outside(rows, spline_order):
+    t = tensors(rows, spline_order, based=False)
+    t["grid"] = torch.tensor([-1.0, 1.0])
+    special = torch.tensor([-1e30, -3.0, -1.0, -0.6, -0.2, 0.2, 0.6, 1.0, 1.4, 3.0, 1e30, float("inf"), -float("inf")])
+    t["x"] = special.double().expand(rows, I).clone().requires_grad_()
+    y, truth = layer(t, spline_order), reference(*t.values(), G, spline_order)
+    assert_close(y, truth, 1e-12)
+    cotangent = torch.randn_like(y)
+    for name, gradient in gradients(y, t, cotangent).items():
+        assert_close(gradient, gradients(truth, t, cotangent)[name], 1e-11, name)
+        break  # x: its derivative at the knots is the reference's, from the right
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+def test_nan_stays_in_its_row(rows):
+    t = tensors(rows, 3)
+    t["x"].data[1, 4] = float("nan")
+    y = layer(t, 3)
+    assert y[1].isnan().all()
+    assert y[torch.arange(rows) != 1].isfinite().all()
+
+
+def test_shapes_and_strides():
+    t = tensors(24, 3, gated=True)
+    y = layer(t, 3)
+    reshaped = t | {name: t[name].view(2, 3, 4, I) for name in ("x", "gate")}
+    assert torch.equal(layer(reshaped, 3), y.view(2, 3, 4, O))
+    strided = t | {name: t[name].t().contiguous().t() for name in ("x", "gate", "spline_weight", "base_weight")}
+    assert_close(layer(strided, 3), y, 1e-14)
+    one = layer(t | {"x": t["x"][0], "gate": t["gate"][0]}, 3)
+    assert one.shape == (O,)
+    bias = torch.randn(O)
+    assert_close(layer(t, 3, bias=bias), y + bias, 1e-14)
+
+
+def test_gradcheck_twice():
+    t = tensors(3, 3, gated=True)
+    x, gate, spline_weight, grid, base_weight = t.values()
+
+    def f(x, gate, spline_weight, base_weight):
+        return kan_linear(x, spline_weight, grid, grid_size=G, spline_order=3, base_weight=base_weight, gate=gate)
+
+    assert torch.autograd.gradcheck(f, (x, gate, spline_weight, base_weight))
+    assert torch.autograd.gradgradcheck(f, (x, gate, spline_weight, base_weight))
+
+
+def test_third_derivative():
+    x = torch.linspace(-0.9, 0.95, 50, dtype=torch.float64).unsqueeze(1).requires_grad_()
+    grid = torch.tensor([-1.0, 1.0])
+    weight = splines.fit(x.detach(), (x.detach() ** 3).unsqueeze(-1), grid, 4, 3)
+    y = kan_linear(x, weight, grid, grid_size=4, spline_order=3)
+    for expected in (3 * x**2, 6 * x, torch.full_like(x, 6)):
+        (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert_close(y, expected, 1e-9)
+
+
+def test_opcheck():
+    t = tensors(6, 3, gated=True)
+    forward = (*t.values(), G, 3, "silu", "torch")
+    torch.library.opcheck(torch.ops.kansformer.kan_linear, forward)
+    detached = [v.detach() for v in t.values()]
+    backward = (torch.randn(6, O, dtype=torch.float64), *detached, G, 3, "silu", "torch", [True, False, True, True])
+    torch.library.opcheck(torch.ops.kansformer.kan_linear_backward, backward)
+
+
+def test_saved_for_backward_is_x_and_gate():
+    t = tensors(500, 3, gated=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        layer(t, 3)
+    assert {s.data_ptr() for s in saved} == {v.data_ptr() for v in t.values()}
+
+
+def test_compile_does_not_recompile_for_a_new_length():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    t = tensors(1, 1)
+    compiled = torch.compile(lambda x: layer(t | {"x": x}, 1), backend=counter, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 4, 6, 11, 21, 34, 55, 89, 300):
+        x = torch.randn(rows, I, dtype=torch.float64, requires_grad=True)
+        y = compiled(x)
+        assert_close(y, layer(t | {"x": x}, 1), 1e-14)
+        y.sum().backward()
+        assert x.grad is not None
+    assert counter.frame_count == 1
+
+
+def test_autocast():
+    t = tensors(20, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(t, 3)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, layer(t, 3), 1e-2)
+    y.sum().backward()
+    assert t["spline_weight"].grad.dtype == torch.float32
+
+
+def test_activation_checkpointing_and_functional_call():
+    t = tensors(20, 3)
+    y = torch.utils.checkpoint.checkpoint(lambda x: layer(t | {"x": x}, 3), t["x"], use_reentrant=False)
+    cotangent = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, t["x"], cotangent)
+    assert torch.equal(gradient, torch.autograd.grad(layer(t, 3), t["x"], cotangent)[0])
+
+
+def test_flops():
+    t = tensors(30, 3)
+    with FlopCounterMode(display=False) as counter:
+        layer(t, 3).sum().backward()
+    weights = t["spline_weight"].numel() + t["base_weight"].numel()
+    assert counter.get_total_flops() == 3 * 2 * 30 * weights
+
+
+def test_two_runs_are_bit_equal():
+    t = tensors(300, 3, gated=True, dtype=torch.float32)
+    results = []
+    for _ in range(2):
+        y = layer(t, 3)
+        results.append([y, *gradients(y, t, torch.ones_like(y)).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"spline_weight": torch.zeros(I * 7, O)}, ValueError, r"spline_weight must be \(104, O\)"),
+        ({"grid": torch.zeros(I)}, ValueError, r"grid must be \(2,\) or \(13, 2\) here, got \(13,\)"),
+        ({"base_weight": torch.zeros(I, O)}, ValueError, r"base_weight must be \(7, 13\)"),
+        ({"gate": torch.zeros(3, I)}, ValueError, "gate must be"),
+        ({"bias": torch.zeros(I)}, ValueError, "bias must be"),
+        ({"x": torch.zeros(2, I, dtype=torch.long)}, TypeError, "int64"),
+        ({"x": torch.zeros(())}, ValueError, "0 features"),
+        ({"grid_size": 0}, ValueError, "grid_size >= 1"),
+        ({"spline_order": 4}, ValueError, "1, 2 or 3, got 5 and 4"),
+        ({"base_activation": "tanh"}, ValueError, "'tanh'; choose one of silu"),
+        ({"backend": "cuda"}, ValueError, "'cuda'; choose one of 'auto', 'torch', 'triton'"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    settings = tensors(2, 3, dtype=torch.float32) | {"grid_size": G, "spline_order": 3}
+    with pytest.raises(error, match=message):
+        kan_linear(**(settings | change))
+
+
+def test_choice_of_backend(monkeypatch):
+    x, weight = torch.zeros(2, I), torch.zeros(I * 8, O)
+    assert choose_backend(x, weight, spline_order=3) == "torch"
+    monkeypatch.setenv("KANSFORMER_BACKEND", "torch")
+    assert choose_backend(x, weight, spline_order=3) == "torch"
+    monkeypatch.setenv("KANSFORMER_BACKEND", "tensorflow")
+    with pytest.raises(ValueError, match="KANSFORMER_BACKEND is 'tensorflow'"):
+        choose_backend(x, weight, spline_order=3)
+    assert choose_backend(x, weight, spline_order=3, backend="torch") == "torch"  # the argument wins
+
+
+def test_triton_says_why_it_cannot_run():
+    program = (
+        "import torch; from kansformer.functional import choose_backend;"
+        "choose_backend(torch.zeros(2, 3), torch.zeros(24, 4), spline_order=3, backend='triton')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "RuntimeError: backend 'triton' cannot run here: " in run.stderr
