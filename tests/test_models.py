@@ -247,6 +247,25 @@ def check_compiled(ffn_type: str, backend: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_export():
+    model = tiny_model()
+    program = torch.export.export(model, (tokens(),), {"use_cache": False})
+    torch.testing.assert_close(program.module()(tokens(), use_cache=False).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("ffn_type", FFN_TYPES)
+def test_autocast(ffn_type):
+    model = tiny_model(ffn_type=ffn_type)
+    reference = model(tokens()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(tokens(), labels=tokens())
+    output.loss.backward()
+    assert (output.logits - reference).norm() < 0.02 * reference.norm()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
 # Generation
 
 
@@ -295,6 +314,20 @@ def test_beams_and_sampling_agree_with_and_without_cache(options):
         torch.manual_seed(5)
         results.append(model.generate(tokens(), max_new_tokens=8, use_cache=use_cache, **options))
     assert torch.equal(*results)
+
+
+def test_speculation_and_compiled_decoding_change_nothing():
+    model, draft = tiny_model(ffn_type="kan"), tiny_model(ffn_type="mlp", num_hidden_layers=1)
+    inputs = tokens(1)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(inputs, **options)
+    assert torch.equal(model.generate(inputs, assistant_model=draft, **options), expected)
+    assert torch.equal(model.generate(inputs, assistant_early_exit=1, **options), expected)
+    assert torch.equal(model.generate(inputs, prompt_lookup_num_tokens=3, **options), expected)
+    compiled = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    compiled._compile_all_devices = True  # transformers compiles decoding on accelerators only, unless told
+    static = model.generate(inputs, cache_implementation="static", compile_config=compiled, **options)
+    assert torch.equal(static, expected)
 
 
 def test_eos_stops_generation():
@@ -433,6 +466,19 @@ def test_sharded_checkpoints(device_map, tmp_path):
     assert_grids(loaded, grids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_offloaded_to_disk(dtype, tmp_path):
+    model = tiny_model(ffn_type="kan")
+    odd_grids(model)
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places["model.layers.1"] = "disk"
+    options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **options)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(offloaded(tokens()).logits, whole(tokens()).logits)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ffn_type", KAN_TYPES)
 def test_grids_survive_loading_in_any_dtype(ffn_type, dtype, tmp_path):
@@ -475,6 +521,7 @@ def test_half_precision(ffn_type, dtype, tmp_path):
     assert logits.dtype == dtype
     error = (logits.float() - reference).norm() / reference.norm()
     assert error < (0.02 if dtype == torch.bfloat16 else 0.003)
+    assert torch.equal(logits, copy.deepcopy(model).to(dtype)(tokens()).logits)  # rotary frequencies uncast, too
     half.train()(tokens(), labels=tokens()).loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in half.parameters())
 
@@ -701,6 +748,17 @@ def test_out_of_grid_fraction():
     assert model.out_of_grid_fraction(tokens())[name] == 0
     assert not layer._forward_pre_hooks
     assert tiny_model(ffn_type="mlp").out_of_grid_fraction(tokens()) == {}
+
+
+def test_update_grid(tmp_path):
+    model = tiny_model(ffn_type="kan", grid_range=(-0.5, 0.5))
+    assert min(model.out_of_grid_fraction(tokens(8, 64)).values()) > 0.4
+    model.update_grid(tokens(8, 64), spread=100.0)
+    assert max(model.out_of_grid_fraction(tokens(8, 64)).values()) < 0.01  # later layers see what refitting changed
+    grids = {name: layer.grid.clone() for name, layer in model.kan_layers()}
+    assert all(len(grid.unique(dim=0)) == len(grid) for grid in grids.values()), "one range for each input"
+    model.save_pretrained(tmp_path)
+    assert_grids(AutoModelForCausalLM.from_pretrained(tmp_path), grids)
 
 
 def test_out_of_grid_fraction_of_a_compiled_model():

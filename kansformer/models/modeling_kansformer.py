@@ -10,7 +10,7 @@ Initialisation keeps the variance of the residual stream bounded: linear layers 
 write into the residual stream from N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -187,9 +187,8 @@ class KansformerPreTrainedModel(PreTrainedModel):
             layer.extend_grid(grid_size)
         self.config.grid_size = grid_size
 
-    @torch.no_grad()
     def out_of_grid_fraction(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """The share of each KAN layer's inputs that fall outside its grid, where only the base term acts.
+        """The share of each KAN layer's inputs that fall outside its grid, where no spline learns.
 
         Runs one forward pass without gradient.
 
@@ -201,11 +200,29 @@ class KansformerPreTrainedModel(PreTrainedModel):
         """
         fractions = {}
 
-        def record(layer, inputs, name):
-            fractions[name] = layer.out_of_grid_fraction(inputs[0])
+        def record(name: str, layer: KANLinear, x: torch.Tensor) -> None:
+            fractions[name] = layer.out_of_grid_fraction(x)
 
+        self._visit_kan_inputs(record, *args, **kwargs)
+        return fractions
+
+    def update_grid(self, *args, spread: float = 4.0, **kwargs) -> None:
+        """Fit every KAN layer's grid to the inputs it gets on one batch; see `KANLinear.update_grid`.
+
+        Runs one forward pass without gradient, in which each layer is refitted before the next one sees its output.
+        Across processes all of them must call this; the ranges are reduced, so all get the same.
+
+        Args:
+            *args, **kwargs: passed to the model, such as `input_ids`. Padding counts like any other token.
+            spread: standard deviations that a grid reaches on either side of the mean.
+        """
+        self._visit_kan_inputs(lambda name, layer, x: layer.update_grid(x, spread), *args, **kwargs)
+
+    @torch.no_grad()
+    def _visit_kan_inputs(self, visit: Callable[[str, KANLinear, torch.Tensor], None], *args, **kwargs) -> None:
+        """Run the model once, and call `visit` with the name, layer and input of each KAN layer just before it runs."""
         hooks = [
-            layer.register_forward_pre_hook(lambda layer, inputs, name=name: record(layer, inputs, name))
+            layer.register_forward_pre_hook(lambda layer, inputs, name=name: visit(name, layer, inputs[0]))
             for name, layer in self.kan_layers()
         ]
         try:
@@ -214,7 +231,6 @@ class KansformerPreTrainedModel(PreTrainedModel):
         finally:
             for hook in hooks:
                 hook.remove()
-        return fractions
 
 
 class KansformerModel(KansformerPreTrainedModel):
