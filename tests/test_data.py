@@ -137,7 +137,7 @@ def test_a_truncated_token_file_is_named(tokenizer, tmp_path):
     path = write(tmp_path / "a.txt", "some text\n" * 50)
     train, _ = prepare(Corpus(path), tokenizer, tmp_path / "cache")
     train.path.write_bytes(train.path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="where .* were written: delete"):
+    with pytest.raises(ValueError, match=r"where .* were written: delete"):
         prepare(Corpus(path), tokenizer, tmp_path / "cache")
 
 

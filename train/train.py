@@ -93,7 +93,8 @@ def main(arguments: list[str]) -> dict:
         check_resume(settings, state["settings"], resumed)
         model = AutoModelForCausalLM.from_pretrained(resumed, dtype=torch.float32)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.2x renames it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     parameter_count = sum(p.numel() for p in model.parameters())
     flops_per_token = model.flops_per_token(settings.sequence_length) if hasattr(model, "flops_per_token") else None
     optimizer = torch.optim.AdamW(
