@@ -1,0 +1,100 @@
+"""What every Triton kernel of this folder evaluates in registers: splines, their derivatives, base activations.
+
+All arithmetic is float32. A spline is M_k(s), s = t - c - (1 - k)/2, t = (x - lo)/h (see `kansformer.splines`), written
+with clamps instead of branches; a clamp lets NaN through (the GPU's min and max swallow it unless asked):
+
+    M_1 = [1 - |s|]            M_2 = ([3/2 - |s|]^2 - 3 [1/2 - |s|]^2) / 2            M_3 = ([2 - |s|]^3 - 4 [1 - |s|]^3) / 6
+
+with [a] = max(a, 0). Both terms of a difference are at most 8/6, so unlike truncated powers over the whole grid nothing
+cancels. A derivative that jumps (k = 1, at knots) takes its value from the right, as in `kansformer.splines`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def positive(a):
+    return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE: tl.constexpr):
+    """lo and 1/h of the features `offs_i`; (0, G) beyond I, where the weights are masked to zero."""
+    inside = offs_i < I
+    lo = tl.load(grid_ptr + offs_i * stride_grid, mask=inside, other=0.0)
+    hi = tl.load(grid_ptr + offs_i * stride_grid + 1, mask=inside, other=1.0)
+    return lo, GRID_SIZE / (hi - lo)
+
+
+@triton.jit
+def spline(s, ORDER: tl.constexpr):
+    """M_k(s)."""
+    r = tl.abs(s)
+    if ORDER == 1:
+        return positive(1 - r)
+    elif ORDER == 2:
+        a = positive(1.5 - r)
+        b = positive(0.5 - r)
+        return 0.5 * (a * a) - 1.5 * (b * b)
+    else:
+        a = positive(2 - r)
+        b = positive(1 - r)
+        return (a * a) * (a * (1 / 6)) - (b * b) * (b * (2 / 3))
+
+
+@triton.jit
+def spline_derivative(s, ORDER: tl.constexpr):
+    """M_k'(s)."""
+    r = tl.abs(s)
+    if ORDER == 1:
+        slope = tl.where(s < 0, 1.0, -1.0)
+        return tl.where((s < -1) | (s >= 1), 0.0, tl.where(s == s, slope, s))
+    elif ORDER == 2:
+        slope = 3 * positive(0.5 - r) - positive(1.5 - r)
+    else:
+        a = positive(2 - r)
+        b = positive(1 - r)
+        slope = 2 * (b * b) - 0.5 * (a * a)
+    return tl.where(s < 0, -slope, slope)
+
+
+@triton.jit
+def activation(x, ACTIVATION: tl.constexpr):
+    """The base function: "silu", "gelu" (with erf), "relu" or "identity"."""
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return x * normal_cdf(x)
+    elif ACTIVATION == "relu":
+        return positive(x)
+    else:
+        return x
+
+
+@triton.jit
+def activation_derivative(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        p = tl.sigmoid(x)
+        return p * (1 + x * (1 - p))
+    elif ACTIVATION == "gelu":
+        return normal_cdf(x) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))  # 1 / sqrt(2 pi)
+    elif ACTIVATION == "relu":
+        return tl.where(x > 0, 1.0, tl.where(x == x, 0.0, x))
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # 1 / sqrt(2)
+
+
+@triton.jit
+def tile_ids(pid, rows, columns, GROUP: tl.constexpr):
+    """Program number -> (row, column) of its tile, GROUP rows at a time, so that programs in flight share tiles in L2."""
+    group = pid // (GROUP * columns)
+    first = group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = pid % (GROUP * columns)
+    return first + within % height, within // height
