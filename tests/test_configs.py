@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
 import settings as settings_module  # noqa: E402
+from data import byte_tokenizer  # noqa: E402
 from settings import Settings  # noqa: E402
 
 # Pair and the size its name promises, in millions of parameters.
@@ -52,9 +53,8 @@ def test_every_model_file_belongs_to_a_pair():
 def test_runs_parse_and_their_models_hold_their_sequences(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = settings_module.parse([str(path)])
-    config = settings_module.model_config(settings, num_tokens=258)
-    assert config.vocab_size == 320
-    assert (config.hidden_size, config.model_type) != (0, "")
+    config = settings_module.model_config(settings, byte_tokenizer())
+    assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (320, 256, 257)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -131,13 +131,15 @@ def test_unknown_key_in_the_file_names_the_nearest(tmp_path):
 def test_bad_model_fields_are_refused(overrides, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=message):
-        settings_module.model_config(Settings(model_overrides=overrides), num_tokens=258)
+        settings_module.model_config(Settings(model_overrides=overrides), byte_tokenizer())
 
 
 def test_vocabulary_follows_the_tokenizer_in_multiples_of_64(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for num_tokens, vocab_size in ((258, 320), (320, 320), (321, 384), (50257, 50304)):
-        assert settings_module.model_config(Settings(), num_tokens).vocab_size == vocab_size
+    for num_tokens, vocab_size in ((258, 320), (320, 320), (321, 384), (1000, 1024)):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens([f"<extra {i}>" for i in range(num_tokens - 258)])
+        assert settings_module.model_config(Settings(), tokenizer).vocab_size == vocab_size
 
 
 def test_every_free_key_is_a_setting():

@@ -307,12 +307,22 @@ def test_old_checkpoints_are_deleted_and_a_finished_run_is_not_repeated(workplac
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"learning_rate": 1e-3}, "learning_rate: 0.003 -> 0.001"), ({"resume": "none"}, "resume is none")],
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 0.003 -> 0.001"),
+        ({"model.grid_size": 4}, "model.grid_size: 3 -> 4"),
+        ({"resume": "none"}, "resume is none"),
+        ({}, "tokens: '.*' -> "),
+    ],
 )
 def test_another_runs_folder_is_refused(workplace, tmp_path, settings, message):
-    train.main(command(workplace, tmp_path, steps=6))
+    text = tmp_path / "text.txt"
+    shutil.copy(workplace / "text.txt", text)
+    arguments = {"steps": 6, "data": text}
+    train.main(command(workplace, tmp_path / "run", **arguments))
+    if not settings:
+        text.write_text(text.read_text().replace("the", "that"))
     with pytest.raises(ValueError, match=message):
-        train.main(command(workplace, tmp_path, **{"steps": 6} | settings))
+        train.main(command(workplace, tmp_path / "run", **arguments | settings))
 
 
 # Health
@@ -373,7 +383,7 @@ def test_fewer_processes_than_asked_is_an_error(monkeypatch):
 
 
 def test_two_processes_equal_one(workplace, tmp_path):
-    """2 processes x 2 accumulated = 1 process x 4 accumulated, and a checkpoint of two resumes in one."""
+    """2 processes x 2 accumulated = 1 process x 4 accumulated; a checkpoint of two resumes in two and in one."""
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(command(workplace, one, micro_batch_size=2))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
@@ -385,6 +395,17 @@ def test_two_processes_equal_one(workplace, tmp_path):
     for key in ("loss", "val_loss", "grad_norm"):
         assert lines(two, key) == pytest.approx(lines(one, key), abs=1e-5)
     assert lines(two, "tokens") == lines(one, "tokens")
+
+    again = tmp_path / "again"
+    shutil.copytree(two / "checkpoints/step-00000010", again / "checkpoints/step-00000010")
+    shutil.copy(two / "metrics.jsonl", again)
+    subprocess.run(
+        [*launch, str(ROOT / "train/train.py"), *arguments, f"--output_dir={again}"],
+        capture_output=True,
+        env=environment,
+        check=True,
+    )
+    assert_same_run(two, again)
 
     resumed = tmp_path / "resumed"
     shutil.copytree(two / "checkpoints/step-00000010", resumed / "checkpoints/step-00000010")

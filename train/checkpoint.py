@@ -1,10 +1,10 @@
 """Checkpoints that are whole or absent, and that no unpickling reads.
 
 A checkpoint is a folder `step-00000500`: model and tokenizer as `save_pretrained` writes them (so it loads with
-`from_pretrained`), `optimizer.safetensors`, and `state.json` with the step, the settings, and the size and SHA-256 of
-every other file. It is written beside its place, flushed to the disk and renamed. Tensors are stored whole under
-parameter names, so that a checkpoint does not know how many processes wrote it. Learning rate, data order and random
-numbers are functions of (seed, step): they need no state.
+`from_pretrained`), `optimizer.safetensors`, and `state.json` with the step, what run it belongs to, and the size and
+SHA-256 of every other file. It is written beside its place, flushed to the disk and renamed. Tensors are stored whole
+under parameter names, so that a checkpoint does not know how many processes wrote it. Learning rate, data order and
+random numbers are functions of (seed, step): they need no state.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def save_model(accelerator, model: nn.Module, tokenizer, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def save(accelerator, model, optimizer, tokenizer, root: Path, step: int, settings: dict, keep: int) -> Path:
+def save(accelerator, model, optimizer, tokenizer, root: Path, step: int, identity: dict, keep: int) -> Path:
     """Write the checkpoint of `step` under `root` and delete all but the newest `keep`."""
     folder = root / f"step-{step:08d}"
     scratch = root / f".{folder.name}.tmp"
@@ -43,7 +43,7 @@ def save(accelerator, model, optimizer, tokenizer, root: Path, step: int, settin
         save_file(tensors, scratch / "optimizer.safetensors")
         paths = sorted(p for p in scratch.rglob("*") if p.is_file())
         files = {p.relative_to(scratch).as_posix(): _flushed_digest(p) for p in paths}
-        (scratch / STATE).write_text(json.dumps({"step": step, "settings": settings, "files": files}, indent=1))
+        (scratch / STATE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
         _flushed_digest(scratch / STATE)
         shutil.rmtree(folder, ignore_errors=True)  # only a broken one can stand here: see `newest`
         scratch.rename(folder)

@@ -65,6 +65,8 @@ def load_tokenizer(name: str, model_max_length: int) -> PreTrainedTokenizerBase:
     if name == "byte":
         return byte_tokenizer(model_max_length)
     tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name!r} is not a fast one (it has no tokenizer.json): convert it first")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no eos_token, which separates documents: set one and save it again")
     tokenizer.model_max_length = model_max_length

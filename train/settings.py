@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -126,22 +126,25 @@ def parse(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
-def model_config(settings: Settings, num_tokens: int) -> PretrainedConfig:
-    """The model's configuration: the json file, then the overrides, with a vocabulary for `num_tokens` tokens.
+def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The model's configuration: the json file, then what follows from the tokenizer, then the overrides.
 
-    The vocabulary follows the tokenizer, rounded up to a multiple of 64 (shards and tensor cores want that).
+    The vocabulary is the tokenizer's, rounded up to a multiple of 64 (shards and tensor cores want that).
     """
+    num_tokens = len(tokenizer)
     path = Path(settings.model)
     if not path.is_file():
         raise FileNotFoundError(f"model {settings.model!r} is not a file (looked from {Path.cwd()})")
     fields = json.loads(path.read_text()) | {"vocab_size": -(-num_tokens // 64) * 64}
+    fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     known = set(AutoConfig.for_model(fields["model_type"]).to_dict()) | set(fields)
     for key in settings.model_overrides:
         if key not in known:
             raise ValueError(f"unknown model field {key!r}{_nearest(key, known)}")
-    config = AutoConfig.for_model(**fields | settings.model_overrides)
-    if config.vocab_size < num_tokens:
-        raise ValueError(f"model.vocab_size {config.vocab_size} is smaller than the tokenizer's {num_tokens} tokens")
+    fields |= settings.model_overrides
+    if fields["vocab_size"] < num_tokens:
+        raise ValueError(f"model.vocab_size {fields['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
+    config = AutoConfig.for_model(**fields)
     if settings.sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"sequence_length {settings.sequence_length} exceeds the model's max_position_embeddings "

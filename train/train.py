@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> dict:
 
     # Text
     tokenizer = load_tokenizer(settings.tokenizer, settings.sequence_length)
-    config = settings_module.model_config(settings, len(tokenizer))
+    config = settings_module.model_config(settings, tokenizer)
     with accelerator.local_main_process_first():
         train_file, val_file = prepare(
             Corpus(settings.data, settings.text_column),
@@ -80,6 +80,9 @@ def main(arguments: list[str]) -> dict:
         )
     train = Batches(train_file, settings.sequence_length, settings.batch_size, settings.seed)
     validation = Batches(val_file, settings.sequence_length, settings.batch_size)
+    # What must be the same in a run that goes on: settings, model and text
+    identity = dataclasses.asdict(settings) | {"tokens": train_file.path.parent.name}
+    identity |= {f"model.{key}": value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
 
     # Model and optimizer, from the newest checkpoint or from the seed
     resumed = checkpoint.newest(checkpoints, accelerator.print)
@@ -90,7 +93,7 @@ def main(arguments: list[str]) -> dict:
     else:
         state = checkpoint.read_state(resumed)
         start = state["step"]
-        check_resume(settings, state["settings"], resumed)
+        check_resume(settings.resume, identity, state["identity"], resumed)
         model = AutoModelForCausalLM.from_pretrained(resumed, dtype=torch.float32)
     if settings.gradient_checkpointing:
         # transformers 5.2x renames it
@@ -130,8 +133,8 @@ def main(arguments: list[str]) -> dict:
                 stream.write(json.dumps(values) + "\n")
 
     def save(step: int) -> None:
-        tree, keep = dataclasses.asdict(settings), settings.keep_checkpoints
-        checkpoint.save(accelerator, model, optimizer, tokenizer, checkpoints, step, tree, keep)
+        keep = settings.keep_checkpoints
+        checkpoint.save(accelerator, model, optimizer, tokenizer, checkpoints, step, identity, keep)
 
     @torch.no_grad()
     def evaluate() -> dict:
@@ -303,16 +306,20 @@ def batch_split(settings: Settings, world: int) -> tuple[int, int]:
     return micro_batch, accumulation
 
 
-def check_resume(settings: Settings, saved: dict, folder: Path) -> None:
+def check_resume(resume: str, identity: dict, saved: dict, folder: Path) -> None:
     """Refuse to go on from a checkpoint of another run."""
-    if settings.resume == "none":
+    if resume == "none":
         raise ValueError(f"{folder} is there and resume is none: choose another output_dir, or --resume auto")
-    asked = dataclasses.asdict(settings)
-    other = {key: (saved.get(key), value) for key, value in asked.items() if key not in FREE_KEYS}
-    other = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in other.items() if old != new]
+    identity = json.loads(json.dumps(identity))  # tuples are lists there
+    other = [
+        f"{key}: {saved.get(key)!r} -> {identity.get(key)!r}"
+        for key in sorted(saved.keys() | identity.keys())
+        if key not in FREE_KEYS and saved.get(key) != identity.get(key)
+    ]
     if other:
         raise ValueError(
-            f"{folder} was made with other settings ({'; '.join(other)}): choose another output_dir, or delete that one"
+            f"{folder} was made with another text, model or settings ({'; '.join(other)}): choose another output_dir, "
+            "or delete that one"
         )
 
 
