@@ -705,11 +705,23 @@ def test_initialisation(ffn_type):
     assert attention.q_proj.weight.std().item() == pytest.approx(192**-0.5, rel=0.05)
     assert attention.o_proj.weight.std().item() == pytest.approx(192**-0.5 * 8**-0.5, rel=0.05)
     assert model.lm_head.weight.std().item() == pytest.approx(192**-0.5, rel=0.05)
-    assert model.model.embed_tokens.weight.std().item() == pytest.approx(192**-0.5, rel=0.05)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.05)
+    tied = tiny_model(ffn_type=ffn_type, hidden_size=192, tie_word_embeddings=True)
+    assert tied.lm_head.weight.std().item() == pytest.approx(192**-0.5, rel=0.05)
     normalised = torch.randn(512, 192)
     for layer in model.model.layers:
         assert layer.mlp(normalised).std().item() == pytest.approx(8**-0.5, rel=0.2)
     assert 4 < model(tokens(8, 64), labels=tokens(8, 64)).loss.item() < math.log(128) + 1.5
+
+
+@pytest.mark.parametrize("ffn_type", [*KAN_TYPES, "swiglu"])
+def test_blocks_take_the_models_epsilon(ffn_type):
+    x, outputs = torch.randn(4, 96), []
+    for epsilon in (1e-6, 0.5):
+        torch.manual_seed(0)
+        model = tiny_model(ffn_type=ffn_type, rms_norm_eps=epsilon, gate_norm=ffn_type == "swiglu")
+        outputs.append(model.model.layers[0].mlp(x))
+    assert not torch.allclose(*outputs, atol=1e-2)
 
 
 def test_initializer_range_is_llamas():

@@ -54,8 +54,8 @@ class KansformerConfig(PreTrainedConfig):
         use_cache: return the key-value cache.
         initializer_range: standard deviation of every linear layer and embedding, as in Llama. None (the default):
             1/sqrt(fan_in) for linear layers, divided by sqrt(2 * num_hidden_layers) where they write into the
-            residual stream, and 1/sqrt(hidden_size) for embeddings. KAN layers have their own, derived in
-            `kansformer.layers.KANLinear`.
+            residual stream; 1 for embeddings, or 1/sqrt(hidden_size) where they are tied. KAN layers have their own
+            in either case, derived in `kansformer.layers.KANLinear`.
         ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas.
         grid_size: G, intervals of the spline grid (KAN blocks).
         spline_order: k, degree of the splines, 1 to 3 (KAN blocks).

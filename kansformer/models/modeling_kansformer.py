@@ -6,8 +6,9 @@ that differ in `ffn_type` differ in nothing else. A decoder layer is
     x = x + attention(norm(x))
     x = x + mlp(norm(x))
 
-Initialisation keeps the variance of the residual stream bounded: linear layers draw from N(0, 1/fan_in), those that
-write into the residual stream from N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear`.
+Initialisation keeps the variance of the residual stream bounded: embeddings draw from N(0, 1) (tied ones from
+N(0, 1/hidden_size)), linear layers from N(0, 1/fan_in), those that write into the residual stream from
+N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear`.
 """
 
 from collections.abc import Callable, Iterator
@@ -127,7 +128,9 @@ class KansformerPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=std or module.embedding_dim**-0.5)
+            # As a head, a tied matrix needs logits of unit variance; else the residual stream starts at unit variance.
+            unit = module.embedding_dim**-0.5 if self.config.tie_word_embeddings else 1.0
+            init.normal_(module.weight, std=std or unit)
         else:
             super()._init_weights(module)
 
