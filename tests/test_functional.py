@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from numerics import assert_close, assert_twice
 from torch.utils.flop_counter import FlopCounterMode
