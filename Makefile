@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up themselves, in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+
+.PHONY: demo test lint versions bench clean
+
+demo: $(VENV)/.installed versions
+	$(BIN)/python train/demo.py
+
+test: $(VENV)/.installed versions lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed versions
+	$(BIN)/python benchmarks/bench_ffn.py
+
+versions: $(VENV)/.installed
+	@$(BIN)/python -c "import platform, torch, transformers; \
+	device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU ({torch.get_num_threads()} threads)'; \
+	print(f'Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, {device}')"
+
+# torch comes first and alone: a machine's own build satisfies the constraint, and nothing after it pulls another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
