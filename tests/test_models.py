@@ -353,6 +353,22 @@ def test_pipeline(caplog):
     assert "not supported" not in caplog.text
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("ffn_type", FFN_TYPES)
+def test_gpu_agrees_with_cpu(ffn_type):
+    model = tiny_model(ffn_type=ffn_type)
+    expected = model(tokens(), labels=tokens())
+    model.cuda()
+    inputs = tokens().cuda()
+    output = model(inputs, labels=inputs)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits.cpu(), expected.logits, atol=1e-2, rtol=1e-2)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(inputs, **options), model.generate(inputs, use_cache=False, **options))
+
+
 # Outputs and losses
 
 
@@ -455,13 +471,13 @@ def test_save_and_load(ffn_type, dtype, tmp_path):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto"])
-def test_sharded_checkpoints(device_map, tmp_path):
+@pytest.mark.parametrize("placement", [{}, {"device_map": "cpu"}, {"device_map": "auto", "max_memory": {"cpu": "1GB"}}])
+def test_sharded_checkpoints(placement, tmp_path):
     model = tiny_model(ffn_type="kan", tie_word_embeddings=True)
     grids = odd_grids(model)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **placement)
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert_grids(loaded, grids)
 
@@ -667,7 +683,7 @@ def test_tensor_parallel_and_fully_sharded_on_two_processes(tmp_path):
     tiny_model(tie_word_embeddings=True, vocab_size=127).save_pretrained(tmp_path / "odd")
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

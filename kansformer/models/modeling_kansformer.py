@@ -46,7 +46,7 @@ class KansformerRMSNorm(LlamaRMSNorm):
 class KansformerRotaryEmbedding(LlamaRotaryEmbedding):
     """Cosines and sines of the rotary position embedding (arXiv:2104.09864), with transformers' scaling variants.
 
-    The frequencies stay float32 under `.to(dtype)`: rounded to bfloat16 they would turn position 1,000 by radians.
+    The frequencies stay float32 under `.to(dtype)`: an error in one grows with the position that it turns.
     """
 
     def _apply(self, fn, recurse=True):
