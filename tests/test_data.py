@@ -69,6 +69,15 @@ def test_tokenizer_without_end_of_text_is_refused(tmp_path):
         load_tokenizer(str(tmp_path), 128)
 
 
+def test_gpt2_vocabulary_files_make_a_tokenizer():
+    folder = ROOT.parent / "shared/data/gpt2-tokenizer"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data/gpt2-tokenizer")
+    tokenizer = load_tokenizer(str(folder), 128)
+    assert len(tokenizer) == 50257
+    assert tokenizer.decode(tokenizer("Don't, é!\n\n x")["input_ids"]) == "Don't, é!\n\n x"
+
+
 # Token files
 
 

@@ -144,6 +144,19 @@ def test_bf16_autocast_trains(workplace, tmp_path):
     assert tensors(tmp_path)["model.embed_tokens.weight"].dtype == torch.float32
 
 
+def test_a_compiled_model_is_saved_and_resumed_under_its_own_names(workplace, straight, tmp_path, monkeypatch):
+    accelerator = train.Accelerator
+    monkeypatch.setattr(train, "Accelerator", lambda **kwargs: accelerator(**kwargs | {"dynamo_backend": "eager"}))
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(straight[0] / "checkpoints/step-00000050", tmp_path / "checkpoints/step-00000050")
+    train.main(command(workplace, tmp_path, steps=60, compile="true"))
+    assert tensors(tmp_path).keys() == tensors(straight[0]).keys()
+    late = {step: loss for step, loss in lines(straight[0], "loss").items() if step > 50}
+    assert lines(tmp_path, "loss") == pytest.approx(late, abs=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.lm_head.weight, tensors(tmp_path)["model.embed_tokens.weight"])
+
+
 # Figures checked by hand
 
 

@@ -22,11 +22,13 @@ STATE = "state.json"
 
 
 def save_model(accelerator, model: nn.Module, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer for `from_pretrained`; to be called on every process, written by the main one."""
+    """Write an unwrapped model and its tokenizer for `from_pretrained`. Called on every process, the main one writes.
+
+    Unwrapped of torch.compile too, whose names (`_orig_mod...`) `from_pretrained` would take for another model's.
+    """
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-        unwrapped.save_pretrained(folder, state_dict=state, is_main_process=True)
+        model.save_pretrained(folder, state_dict=state, is_main_process=True)
         tokenizer.save_pretrained(folder)
 
 
@@ -34,7 +36,7 @@ def save(accelerator, model, optimizer, tokenizer, root: Path, step: int, identi
     """Write the checkpoint of `step` under `root` and delete all but the newest `keep`."""
     folder = root / f"step-{step:08d}"
     scratch = root / f".{folder.name}.tmp"
-    tensors = _optimizer_tensors(accelerator.unwrap_model(model, keep_torch_compile=False), optimizer)
+    tensors = _optimizer_tensors(model, optimizer)
     if accelerator.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BUNDLED = {"tinyshakespeare": Path(__file__).with_name("tinyshakespeare.txt")}
 END_OF_TEXT = "<|endoftext|>"  # separates documents in the token stream and, on a line of its own, in text files
@@ -61,10 +61,12 @@ def byte_tokenizer(model_max_length: int = 1 << 30) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name: str, model_max_length: int) -> PreTrainedTokenizerBase:
-    """`"byte"`, or a folder or hub name that `AutoTokenizer` reads; it must have an end-of-text token."""
+    """`"byte"`, or a folder or hub name that `AutoTokenizer` reads, or a folder with just GPT-2's `vocab.json` and
+    `merges.txt`; it must have an end-of-text token."""
     if name == "byte":
         return byte_tokenizer(model_max_length)
-    tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+    bare_bpe = (Path(name) / "merges.txt").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
+    tokenizer = (GPT2TokenizerFast if bare_bpe else AutoTokenizer).from_pretrained(name)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} is not a fast one (it has no tokenizer.json): convert it first")
     if tokenizer.eos_token_id is None:

@@ -94,7 +94,8 @@ def main(arguments: list[str]) -> dict:
         state = checkpoint.read_state(resumed)
         start = state["step"]
         check_resume(settings.resume, identity, state["identity"], resumed)
-        model = AutoModelForCausalLM.from_pretrained(resumed, dtype=torch.float32)
+        model, loading = AutoModelForCausalLM.from_pretrained(resumed, dtype=torch.float32, output_loading_info=True)
+        assert not loading["missing_keys"], f"{resumed} lacks {loading['missing_keys']}"
     if settings.gradient_checkpointing:
         # transformers 5.2x renames it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> dict:
 
     def save(step: int) -> None:
         keep = settings.keep_checkpoints
-        checkpoint.save(accelerator, model, optimizer, tokenizer, checkpoints, step, identity, keep)
+        checkpoint.save(accelerator, bare_model, optimizer, tokenizer, checkpoints, step, identity, keep)
 
     @torch.no_grad()
     def evaluate() -> dict:
@@ -232,7 +233,7 @@ def main(arguments: list[str]) -> dict:
     }
     if hasattr(bare_model, "parameter_counts"):
         results["feed_forward_parameters"] = bare_model.parameter_counts()["feed_forward"]
-    checkpoint.save_model(accelerator, model, tokenizer, output / "model")
+    checkpoint.save_model(accelerator, bare_model, tokenizer, output / "model")
     if main_process:
         (output / "model" / "README.md").write_text(model_card(settings, results, config))
         (output / "results.json").write_text(json.dumps(results, indent=1))
