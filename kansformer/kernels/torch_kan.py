@@ -157,18 +157,17 @@ def _live(
 def _cardinal(s: Tensor, spline_order: int, slope: bool) -> tuple[Tensor, Tensor | None]:
     """splines.cardinal and, if asked, its derivative, with shared powers and few temporaries.
 
-    With m = max(0, (k+1)/2 - |s|) and n = max(0, (k-1)/2 - |s|): M_2 = (m^2 - 3 n^2) / 2, M_3 = (m^3 - 4 n^3) / 6.
+    With m = max(0, (k+1)/2 - |s|) and n = max(0, m - 1): M_2 = (m^2 - 3 n^2) / 2, M_3 = (m^3 - 4 n^3) / 6.
     """
-    a = s.abs()
-    m = ((spline_order + 1) / 2 - a).clamp_min_(0)
+    m = ((spline_order + 1) / 2 - s.abs()).clamp_min_(0)
     if spline_order == 1:
         return m, splines.cardinal_derivative(s, 1) if slope else None
-    n = a.neg_().add_((spline_order - 1) / 2).clamp_min_(0)
+    n = (m - 1).clamp_min_(0)
     if spline_order == 2:
-        value = (m * m).sub_(n * n, alpha=3).mul_(1 / 2)
+        value = (m * m).addcmul_(n, n, value=-3).mul_(1 / 2)
         return value, m.sub_(n, alpha=3).copysign_(s).neg_() if slope else None
     m2, n2 = m * m, n * n
-    value = m.mul_(m2).sub_(n.mul_(n2), alpha=4).mul_(1 / 6)
+    value = m.mul_(m2).addcmul_(n, n2, value=-4).mul_(1 / 6)
     return value, m2.mul_(1 / 2).sub_(n2, alpha=2).copysign_(s).neg_() if slope else None
 
 

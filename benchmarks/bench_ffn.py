@@ -1,0 +1,367 @@
+"""Feed-forward blocks side by side at equal parameters: time, memory and decoding, KAN blocks against MLP blocks.
+
+    python benchmarks/bench_ffn.py                      # CPU: d = 512, 2,048 tokens, float32; decoding at d = 2,048
+    python benchmarks/bench_ffn.py --device cuda        # d = 768 to 4,096, 16,384 tokens, bfloat16; gpu tests first
+
+Every block has the parameters of a GELU MLP of 4d units. Peers take part where they are installed (inkan, pykan,
+efficient-kan). Prints a table and, last, one JSON line; writes both and a picture to benchmarks/results/.
+
+FLOPs of a block: 2 P forward and 6 P forward and backward per token for P parameters, the products alone. Bytes read to
+decode one token: P times the element size for an MLP; a KAN layer reads k + 1 of its C rows of spline coefficients, and
+the base weights whole.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from harness import RESULTS, ROOT, environment, header, markdown, ratio, side_by_side, summary, write, write_json
+from torch import Tensor, nn
+
+from kansformer.functional import choose_backend
+from kansformer.layers import KANLinear, feed_forward, match_intermediate_size
+
+CUBIC = {"grid_size": 5, "spline_order": 3, "base_activation": "silu"}
+# name: (ffn_type, options)
+BLOCKS = {
+    "mlp": ("mlp", {}),
+    "swiglu": ("swiglu", {}),
+    "kan k=3 C=8": ("kan", CUBIC),
+    "kan k=2 C=8": ("kan", CUBIC | {"grid_size": 6, "spline_order": 2}),
+    "kan k=1 C=8": ("kan", CUBIC | {"grid_size": 7, "spline_order": 1}),
+    "kan_mix k=1 C=7": ("kan_mix", {"grid_size": 6}),
+    "kan_gated k=1 C=4": ("kan_gated", {}),
+    "kan_gated k=1 C=8": ("kan_gated", {"grid_size": 7}),
+}
+REFERENCE = "mlp"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--hidden_size", type=int, nargs="+", help="widths for training (512; 768 to 4096 on cuda)")
+    parser.add_argument("--decode_size", type=int, nargs="+", default=[2048], help="widths for decoding")
+    parser.add_argument("--tokens", type=int, help="tokens a step (2048; 16384 on cuda)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, each variant once a round")
+    parser.add_argument("--only", nargs="+", help="blocks to run beside the MLP, by the start of their names")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for ffn_<device>.{json,md,png}")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA device")
+    if cuda:  # correctness before speed
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, check=True)
+    widths = args.hidden_size or ([768, 1024, 2048, 4096] if cuda else [512])
+    tokens = args.tokens or (16384 if cuda else 2048)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    blocks = {n: b for n, b in BLOCKS.items() if not args.only or n == REFERENCE or n.startswith(tuple(args.only))}
+
+    env = environment(args.device, dtype=str(dtype).removeprefix("torch."), backend=backend(args.device, dtype))
+    print(header(env))
+    result = {"environment": env, "training": [], "decoding": []}
+    if cuda:
+        env["matmul_tflops"] = matmul_ceiling(dtype)
+    for d in widths:
+        result["training"] += training(d, tokens, blocks, args.device, dtype, args.rounds)
+    for d in args.decode_size:
+        result["decoding"] += decoding(d, blocks, args.device, dtype, args.rounds)
+    report = f"{header(env)}\n\n{training_table(result)}\n\n{decoding_table(result)}\n"
+    print(report)
+    name = args.output / f"ffn_{args.device}"
+    write(
+        name.with_suffix(".md"),
+        "# Feed-forward blocks at equal parameters\n\n`python benchmarks/bench_ffn.py`\n\n" + report,
+    )
+    write_json(name.with_suffix(".json"), result)
+    draw(result, name.with_suffix(".png"))
+    print(json.dumps({"written": str(name) + ".{md,json,png}", "environment": env}))
+
+
+def backend(device: str, dtype: torch.dtype) -> str:
+    x, weight = torch.empty(2, 2, device=device), torch.empty(16, 2, device=device, dtype=dtype)
+    return choose_backend(x, weight, spline_order=3)
+
+
+def build(name: str, kind: str, options: dict, d: int, device: str, dtype: torch.dtype) -> nn.Module:
+    size = match_intermediate_size(kind, d, reference="mlp", **options)
+    return feed_forward(kind, d, size, device=device, dtype=dtype, **options)
+
+
+def peers(d: int, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Two layers d -> h -> d of each installed peer at its default cubic, C = 8, at the MLP's parameters."""
+    found: dict[str, nn.Module] = {}
+    target = 8 * d * d
+    for name, make in PEERS.items():
+        if importlib.util.find_spec(name) is None:
+            continue
+        layer = make()
+
+        def parameters(h: int, layer: Callable = layer) -> int:
+            return sum(p.numel() for p in nn.Sequential(layer(d, h), layer(h, d)).parameters() if p.requires_grad)
+
+        one, two = parameters(1), parameters(2)
+        h = round((target - (2 * one - two)) / (two - one))
+        found[name] = nn.Sequential(layer(d, h), layer(h, d)).to(device=device, dtype=dtype)
+    return found
+
+
+def _pykan() -> Callable:
+    from kan.KANLayer import KANLayer
+
+    class Layer(KANLayer):
+        def __init__(self, in_dim: int, out_dim: int) -> None:
+            super().__init__(in_dim=in_dim, out_dim=out_dim, num=5, k=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    return Layer
+
+
+def _inkan() -> Callable:
+    from inkan import KANLayer
+
+    return lambda i, o: KANLayer(i, o, grid_size=5, spline_order=3)
+
+
+def _efficient_kan() -> Callable:
+    from efficient_kan import KANLinear as Layer
+
+    return lambda i, o: Layer(i, o, grid_size=5, spline_order=3)
+
+
+PEERS = {"inkan": _inkan, "kan": _pykan, "efficient_kan": _efficient_kan}
+
+
+def training(d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
+    modules = {name: build(name, *block, d, device, dtype) for name, block in blocks.items()}
+    modules |= {f"peer {name}": module for name, module in peers(d, device, dtype).items()}
+    x = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def forward(module: nn.Module) -> Callable:
+        def run() -> None:
+            with torch.no_grad():
+                module(x)
+
+        return run
+
+    def step(module: nn.Module) -> Callable:
+        inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+        return lambda: torch.autograd.grad(module(x), inputs, dy)
+
+    compiled = {f"{n} compiled": torch.compile(m) for n, m in modules.items()} if device == "cuda" else {}
+    saved = {name: saved_bytes(module, x) for name, module in modules.items()}
+    peaks = {name: peak_memory(step(module)) if device == "cuda" else None for name, module in modules.items()}
+    runs = modules | compiled
+    forwards = side_by_side({name: forward(m) for name, m in runs.items()}, rounds, device)
+    steps = side_by_side({name: step(m) for name, m in runs.items()}, rounds, device)
+    # The reference at its best: compiled where that is at hand.
+    best = f"{REFERENCE} compiled" if compiled else REFERENCE
+    rows = []
+    for name, module in runs.items():
+        plain = name.removesuffix(" compiled")
+        weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        rows.append(
+            {
+                "d": d,
+                "tokens": tokens,
+                "block": name,
+                "parameters": weights,
+                "forward_ms": summary(forwards[name]),
+                "step_ms": summary(steps[name]),
+                "forward_ratio": ratio(forwards[name], forwards[best]),
+                "step_ratio": ratio(steps[name], steps[best]),
+                "reference": best,
+                "step_tflops": 6 * weights * tokens / summary(steps[name])["median"] / 1e9,
+                "saved_mb": saved[plain] / 1e6,
+                "saved_ratio": saved[plain] / saved[REFERENCE],
+                "peak_mb": peaks[plain],
+            }
+        )
+    return rows
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that forward keeps for backward: every storage that autograd saves, once, parameters and buffers not."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    for own in (*module.parameters(), *module.buffers()):
+        kept.pop(own.untyped_storage().data_ptr(), None)
+    del y
+    return sum(kept.values())
+
+
+def peak_memory(step: Callable) -> float:
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def matmul_ceiling(dtype: torch.dtype, n: int = 8192) -> float:
+    """TFLOP/s of a large product on random data."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * n**3 / summary(side_by_side({"": lambda: a @ b}, 20, "cuda")[""])["median"] / 1e9
+
+
+def decoding(d: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
+    """One token at a time. Every call has a new token: the same one again would find its live rows in cache."""
+    modules = {name: build(name, *block, d, device, dtype) for name, block in blocks.items()}
+    tokens = iter(torch.randn(10**5, 1, d).to(dtype).unbind())
+    token = [torch.zeros(0)]
+
+    def new_token() -> None:
+        token[0] = next(tokens).to(device)
+
+    def run(module: nn.Module) -> Callable:
+        def call() -> None:
+            with torch.inference_mode():
+                module(token[0])
+
+        return call
+
+    times = side_by_side({name: run(m) for name, m in modules.items()}, 4 * rounds, device, before=new_token)
+    rows = []
+    for name, module in modules.items():
+        read, total = bytes_read(module), bytes_read(modules[REFERENCE])
+        milliseconds = summary(times[name])
+        rows.append(
+            {
+                "d": d,
+                "block": name,
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "ms": milliseconds,
+                "ratio": ratio(times[name], times[REFERENCE]),
+                "bytes_ratio": read / total,
+                "gb_per_s": read / milliseconds["median"] / 1e6,
+            }
+        )
+    return rows
+
+
+def bytes_read(module: nn.Module) -> int:
+    """Bytes of weights that one token needs."""
+    total = 0
+    for m in module.modules():
+        if isinstance(m, KANLinear):
+            live = (m.spline_order + 1) / m.num_basis
+            total += live * m.spline_weight.nbytes + (0 if m.base_weight is None else m.base_weight.nbytes)
+        elif isinstance(m, nn.Linear):
+            total += m.weight.nbytes
+    return int(total)
+
+
+def training_table(result: dict) -> str:
+    columns = [
+        "block",
+        "d",
+        "parameters",
+        "forward ms",
+        "fwd+bwd ms",
+        "20-80%",
+        "vs MLP",
+        "TFLOP/s",
+        "saved MB",
+        "vs MLP",
+    ]
+    rows = []
+    for r in result["training"]:
+        step = r["step_ms"]
+        rows.append(
+            [
+                r["block"],
+                r["d"],
+                f"{r['parameters']:,}",
+                f"{r['forward_ms']['median']:.3g}",
+                f"{step['median']:.3g}",
+                f"{step['q20']:.3g}-{step['q80']:.3g}",
+                f"{r['step_ratio']:.2f}x",
+                f"{r['step_tflops']:.3g}",
+                f"{r['saved_mb']:.1f}",
+                f"{r['saved_ratio']:.2f}x",
+            ]
+        )
+    first = result["training"][0]
+    title = f"Training, {first['tokens']:,} tokens; times against `{first['reference']}`:"
+    return f"{title}\n\n{markdown(columns, rows)}"
+
+
+def decoding_table(result: dict) -> str:
+    columns = ["block", "d", "parameters", "ms a token", "20-80%", "vs MLP", "bytes read vs MLP", "GB/s"]
+    rows = [
+        [
+            r["block"],
+            r["d"],
+            f"{r['parameters']:,}",
+            f"{r['ms']['median']:.3g}",
+            f"{r['ms']['q20']:.3g}-{r['ms']['q80']:.3g}",
+            f"{r['ratio']:.2f}x",
+            f"{r['bytes_ratio']:.2f}x",
+            f"{r['gb_per_s']:.1f}",
+        ]
+        for r in result["decoding"]
+    ]
+    return f"Decoding, one token a call, a new token each call:\n\n{markdown(columns, rows)}"
+
+
+def draw(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    d = max(r["d"] for r in result["training"])
+    panels = [
+        (f"Forward + backward, d = {d}", {r["block"]: r["step_ratio"] for r in result["training"] if r["d"] == d}),
+        (f"Saved for backward, d = {d}", {r["block"]: r["saved_ratio"] for r in result["training"] if r["d"] == d}),
+    ]
+    if result["decoding"]:
+        d = max(r["d"] for r in result["decoding"])
+        panels.append(
+            (f"Decoding one token, d = {d}", {r["block"]: r["ratio"] for r in result["decoding"] if r["d"] == d})
+        )
+    longest = max(len(values) for _, values in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 0.9 + 0.33 * longest), constrained_layout=True
+    )
+    for axis, (title, values) in zip(axes, panels):
+        names = list(values)[::-1]
+        colours = [
+            "#c2410c" if n.startswith("kan") else "#9ca3af" if n.startswith("peer") else "#1d4ed8" for n in names
+        ]
+        bars = axis.barh(names, [values[n] for n in names], color=colours, height=0.7)
+        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axis.axvline(1, color="#1f2937", linewidth=0.8)
+        axis.set_xlim(0, 1.15 * max(values.values()))
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    env = result["environment"]
+    figure.suptitle(
+        f"Blocks of equal parameters, MLP = 1, lower is better. {env['device']}, {env['dtype']}, torch {env['torch']}",
+        fontsize=9,
+    )
+    part = path.with_suffix(".part.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(part, dpi=150)
+    part.replace(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
