@@ -3,7 +3,9 @@
 All arithmetic is float32. A spline is M_k(s), s = t - c - (1 - k)/2, t = (x - lo)/h (see `kansformer.splines`), written
 with clamps instead of branches; a clamp lets NaN through (the GPU's min and max swallow it unless asked):
 
-    M_1 = [1 - |s|]            M_2 = ([3/2 - |s|]^2 - 3 [1/2 - |s|]^2) / 2            M_3 = ([2 - |s|]^3 - 4 [1 - |s|]^3) / 6
+    M_1 = [1 - |s|]
+    M_2 = ([3/2 - |s|]^2 - 3 [1/2 - |s|]^2) / 2
+    M_3 = ([2 - |s|]^3 - 4 [1 - |s|]^3) / 6
 
 with [a] = max(a, 0). Both terms of a difference are at most 8/6, so unlike truncated powers over the whole grid nothing
 cancels. A derivative that jumps (k = 1, at knots) takes its value from the right, as in `kansformer.splines`.
@@ -92,7 +94,7 @@ def normal_cdf(x):
 
 @triton.jit
 def tile_ids(pid, rows, columns, GROUP: tl.constexpr):
-    """Program number -> (row, column) of its tile, GROUP rows at a time, so that programs in flight share tiles in L2."""
+    """The (row, column) of a program's tile, GROUP rows at a time: programs in flight share operands in L2."""
     group = pid // (GROUP * columns)
     first = group * GROUP
     height = tl.minimum(rows - first, GROUP)

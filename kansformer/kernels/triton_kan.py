@@ -2,7 +2,7 @@
 
     y[m, o] = sum_i gate[m, i] * ( base[o, i] * act(x[m, i]) + sum_c W[i*C + c, o] * B_c(x[m, i]) )
 
-Letters: M rows (tokens), I in, O out, C = G + k functions an edge, BLOCK_M, BLOCK_I, BLOCK_O, BLOCK_C the sides of tiles.
+Letters: M rows (tokens), I in, O out, C = G + k functions an edge, BLOCK_M, BLOCK_I, BLOCK_O, BLOCK_C tile sides.
 With Phi[m, (i, c)] = gate * B_c(x) this is the matrix product Phi @ W, and its gradients are two more:
 
     dPhi = dy @ W^T            dW = Phi^T @ dy
@@ -16,8 +16,9 @@ forward  A program owns (BLOCK_M, BLOCK_O) of y. It holds a tile of t = (x - lo)
          tensor core's left operand, while c runs over the C functions: B_c(t) is computed, rounded and multiplied with
          W[i*C + c, :], at fixed c a plain 2-D tile of row stride C*O. Phi is evaluated once per block of O, so BLOCK_O
          must be wide: evaluation costs about 10 instructions (k = 3) or 4 (k = 1) an element, hidden under 2 BLOCK_O
-         FLOPs of tensor core. The two loops are flattened into one pipeline; c stays a run-time variable (unrolled,
-         every weight tile would be a pipeline stage of its own). The base term is one more function, in its own loop.
+         FLOPs of tensor core. One loop runs over (block of I, c), so that the pipeline never drains; c stays a run-time
+         variable (unrolled, every weight tile would be a stage of its own). The base term is one more function, in a
+         loop of its own.
 dx       The product runs over O alone, with both operands straight from shared memory as in any matrix product; the
          columns of the tile are (c, i) for BLOCK_C functions of BLOCK_I features. B_c'(x) enters in the epilogue,
          once per element of dPhi, and with i the faster index the sum over c stays within a thread. The
@@ -55,10 +56,10 @@ BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@triton.jit(do_not_specialize=["M", "I_SPLIT"])
+@triton.jit(do_not_specialize=["M", "BLOCKS_SPLIT"])
 def _kan_fwd_kernel(
     y_ptr, partial_ptr, x_ptr, gate_ptr, w_ptr, base_ptr, grid_ptr,
-    M, I, O, I_SPLIT, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    M, I, O, BLOCKS_SPLIT, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
@@ -70,46 +71,65 @@ def _kan_fwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_i = tl.arange(0, BLOCK_I)
     offs_o = tl.arange(0, BLOCK_O)
-    in_m = (offs_m < M - first_m)[:, None]
-    in_o = (offs_o < O - first_o)[None, :]
-    x_ptr += first_m * stride_xm + offs_m[:, None] * stride_xm + offs_i[None, :] * stride_xi
-    gate_ptr += first_m * stride_gm + offs_m[:, None] * stride_gm + offs_i[None, :] * stride_gi
-    begin = tl.program_id(1) * I_SPLIT
-    end = tl.minimum(begin + I_SPLIT, I)
+    in_m = (offs_m < M - pid_m * BLOCK_M)[:, None]
+    in_o = (offs_o < O - pid_o * BLOCK_O)[None, :]
+    # This program's share of I, as if there were no other: features 0 .. share - 1.
+    first_i = tl.program_id(1) * BLOCKS_SPLIT * BLOCK_I
+    share = tl.minimum(I - first_i, BLOCKS_SPLIT * BLOCK_I)
+    x_ptr += first_m * stride_xm + tl.cast(first_i, tl.int64) * stride_xi
+    gate_ptr += first_m * stride_gm + tl.cast(first_i, tl.int64) * stride_gi
+    w_ptr += tl.cast(first_i, tl.int64) * C * O + first_o
+    base_ptr += first_o * I + first_i
+    grid_ptr += first_i * stride_grid
+    x_offs = offs_m[:, None] * stride_xm + offs_i[None, :] * stride_xi
+    gate_offs = offs_m[:, None] * stride_gm + offs_i[None, :] * stride_gi
+    w_offs = offs_i[:, None] * (C * O) + offs_o[None, :]
+    base_offs = offs_o[None, :] * I + offs_i[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-    for i0 in tl.range(begin, end, BLOCK_I, flatten=True):
-        in_i = offs_i < end - i0
-        x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi, mask=in_m & in_i[None, :], other=0.0).to(tl.float32)
-        lo, inverse_width = grid_scale(grid_ptr, i0 + offs_i, stride_grid, I, GRID_SIZE)
-        t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
+    t = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_I), gate_ptr.dtype.element_ty)
+    for step in range(tl.cdiv(share, BLOCK_I) * C):
+        c = step % C
+        i0 = step // C * BLOCK_I
+        in_i = i0 + offs_i < share
+        # Masked off but for c = 0, and outside the branch: so the pipeline carries them, and they cost no bandwidth.
+        fresh = in_i & (c == 0)
+        in_x = in_m & fresh[None, :]
+        x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi + x_offs, mask=in_x, other=0.0)
         if HAS_GATE:
-            gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi, mask=in_m & in_i[None, :], other=0.0)
-        w_tile_ptr = w_ptr + tl.cast(i0, tl.int64) * C * O + first_o
-        for c in tl.range(C, disable_licm=HAS_GATE):
-            w_offs = offs_i[:, None] * (C * O) + offs_o[None, :]
-            w = tl.load(w_tile_ptr + c * O + w_offs, mask=in_i[:, None] & in_o, other=0.0)
-            phi = spline(t - c, ORDER)
+            fresh_gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi + gate_offs, mask=in_x, other=0.0)
+        lo = tl.load(grid_ptr + (i0 + offs_i) * stride_grid, mask=fresh, other=0.0)
+        hi = tl.load(grid_ptr + (i0 + offs_i) * stride_grid + 1, mask=fresh, other=1.0)
+        if c == 0:
+            t = (x.to(tl.float32) - lo[None, :]) * (GRID_SIZE / (hi - lo))[None, :] - (1 - ORDER) / 2
             if HAS_GATE:
-                phi *= gate.to(tl.float32)
-            acc = tl.dot(phi.to(w.dtype), w, acc, input_precision=PRECISION)
+                gate = fresh_gate
+        w_tile_ptr = w_ptr + (tl.cast(i0, tl.int64) * C + c) * O
+        w = tl.load(w_tile_ptr + w_offs, mask=in_i[:, None] & in_o, other=0.0)
+        phi = spline(t - c, ORDER)
+        if HAS_GATE:
+            phi *= gate.to(tl.float32)
+        acc = tl.dot(phi.to(w.dtype), w, acc, input_precision=PRECISION)
     if HAS_BASE:
-        base_ptr += first_o * I + offs_o[None, :] * I + offs_i[:, None]
-        for i0 in tl.range(begin, end, BLOCK_I):
-            in_i = offs_i < end - i0
-            x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi, mask=in_m & in_i[None, :], other=0.0)
-            phi = activation(x.to(tl.float32), ACTIVATION)
+        for i0 in tl.range(0, share, BLOCK_I):
+            in_i = i0 + offs_i < share
+            in_x = in_m & in_i[None, :]
+            x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi + x_offs, mask=in_x, other=0.0).to(tl.float32)
+            phi = activation(x, ACTIVATION)
             if HAS_GATE:
-                gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi, mask=in_m & in_i[None, :], other=0.0)
+                gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi + gate_offs, mask=in_x, other=0.0)
                 phi *= gate.to(tl.float32)
-            w = tl.load(base_ptr + i0, mask=in_i[:, None] & in_o, other=0.0)
+            w = tl.load(base_ptr + i0 + base_offs, mask=in_i[:, None] & in_o, other=0.0)
             acc = tl.dot(phi.to(w.dtype), w, acc, input_precision=PRECISION)
 
-    y_offs = first_m * O + first_o + offs_m[:, None] * O + offs_o[None, :]
+    first_y = first_m * O + first_o
+    y_offs = offs_m[:, None] * O + offs_o[None, :]
     if tl.num_programs(1) == 1:
-        tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=in_m & in_o)
+        tl.store(y_ptr + first_y + y_offs, acc.to(y_ptr.dtype.element_ty), mask=in_m & in_o)
     else:
-        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M * O + y_offs, acc, mask=in_m & in_o)
+        partial_ptr += tl.program_id(1).to(tl.int64) * M * O + first_y
+        tl.store(partial_ptr + y_offs, acc, mask=in_m & in_o)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -127,26 +147,28 @@ def _kan_bwd_x_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_i = tl.arange(0, BLOCK_I)
     offs_o = tl.arange(0, BLOCK_O)
-    in_m = (offs_m < M - first_m)[:, None]
-    in_i = offs_i < I - first_i
-    dy_ptr += first_m * stride_dym + offs_m[:, None] * stride_dym + offs_o[None, :]
+    in_m = (offs_m < M - pid_m * BLOCK_M)[:, None]
+    in_i = offs_i < I - pid_i * BLOCK_I
+    dy_ptr += first_m * stride_dym
+    dy_offs = offs_m[:, None] * stride_dym + offs_o[None, :]
 
     offs_n = tl.arange(0, BLOCK_C * BLOCK_I)  # columns of dPhi: n = c * BLOCK_I + i
     n_i = offs_n % BLOCK_I
     n_c = offs_n // BLOCK_I
-    w_ptr += first_i * C * O + (n_i * C + n_c)[None, :] * O + offs_o[:, None]
+    w_ptr += first_i * C * O
+    w_offs = (n_i * C + n_c)[None, :] * O + offs_o[:, None]
     x = _load_rows(x_ptr, first_m, first_i, offs_m, offs_i, stride_xm, stride_xi, in_m & in_i[None, :])
-    lo, inverse_width = grid_scale(grid_ptr, first_i + offs_i, stride_grid, I, GRID_SIZE)
+    lo, inverse_width = grid_scale(grid_ptr, pid_i * BLOCK_I + offs_i, stride_grid, I, GRID_SIZE)
     t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
     dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for c0 in range(0, C, BLOCK_C):
-        in_n = ((n_i < I - first_i) & (n_c < C - c0))[None, :]
+        in_n = ((n_i < I - pid_i * BLOCK_I) & (n_c < C - c0))[None, :]
         dphi = tl.zeros((BLOCK_M, BLOCK_C * BLOCK_I), tl.float32)
         for o0 in range(0, O, BLOCK_O):
             in_o = offs_o < O - o0
-            dy = tl.load(dy_ptr + o0, mask=in_m & in_o[None, :], other=0.0)
-            w = tl.load(w_ptr + c0 * O + o0, mask=in_n & in_o[:, None], other=0.0)
+            dy = tl.load(dy_ptr + o0 + dy_offs, mask=in_m & in_o[None, :], other=0.0)
+            w = tl.load(w_ptr + c0 * O + o0 + w_offs, mask=in_n & in_o[:, None], other=0.0)
             dphi = tl.dot(dy.to(w.dtype), w, dphi, input_precision=PRECISION)
         dphi = tl.reshape(dphi, (BLOCK_M, BLOCK_C, BLOCK_I))
         s = t[:, None, :] - (c0 + tl.arange(0, BLOCK_C))[None, :, None]
@@ -155,23 +177,25 @@ def _kan_bwd_x_kernel(
             dgate += tl.sum(dphi * spline(s, ORDER), axis=1)
     dx *= inverse_width[None, :]
     if HAS_BASE:
-        base_ptr += first_i + offs_i[None, :] + offs_o.to(tl.int64)[:, None] * I
+        base_ptr += first_i
+        base_offs = offs_o[:, None] * I + offs_i[None, :]
         dphi = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         for o0 in range(0, O, BLOCK_O):
             in_o = offs_o < O - o0
-            dy = tl.load(dy_ptr + o0, mask=in_m & in_o[None, :], other=0.0)
-            w = tl.load(base_ptr + tl.cast(o0, tl.int64) * I, mask=in_i[None, :] & in_o[:, None], other=0.0)
+            dy = tl.load(dy_ptr + o0 + dy_offs, mask=in_m & in_o[None, :], other=0.0)
+            w = tl.load(base_ptr + tl.cast(o0, tl.int64) * I + base_offs, mask=in_i[None, :] & in_o[:, None], other=0.0)
             dphi = tl.dot(dy.to(w.dtype), w, dphi, input_precision=PRECISION)
         dx += dphi * activation_derivative(x, ACTIVATION)
         if HAS_GATE:
             dgate += dphi * activation(x, ACTIVATION)
 
-    offs = first_m * I + first_i + offs_m[:, None] * I + offs_i[None, :]
+    first = first_m * I + first_i
+    offs = offs_m[:, None] * I + offs_i[None, :]
     mask = in_m & in_i[None, :]
     if HAS_GATE:
         dx *= _load_rows(gate_ptr, first_m, first_i, offs_m, offs_i, stride_gm, stride_gi, mask)
-        tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -198,46 +222,58 @@ def _kan_bwd_w_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_i = tl.arange(0, BLOCK_I)
     offs_o = tl.arange(0, BLOCK_O)
-    in_i = (offs_i < I - first_i)[:, None]
-    in_o = (offs_o < O - first_o)[None, :]
-    x_ptr += first_i * stride_xi + offs_i[:, None] * stride_xi + offs_m[None, :] * stride_xm
-    gate_ptr += first_i * stride_gi + offs_i[:, None] * stride_gi + offs_m[None, :] * stride_gm
-    dy_ptr += first_o + offs_m[:, None] * stride_dym + offs_o[None, :]
-    begin = tl.program_id(1).to(tl.int64) * M_SPLIT
-    end = tl.minimum(begin + M_SPLIT, M)
+    in_i = (offs_i < I - pid_i * BLOCK_I)[:, None]
+    in_o = (offs_o < O - pid_o * BLOCK_O)[None, :]
+    x_ptr += first_i * stride_xi
+    gate_ptr += first_i * stride_gi
+    dy_ptr += first_o
+    x_offs = offs_i[:, None] * stride_xi + offs_m[None, :] * stride_xm
+    gate_offs = offs_i[:, None] * stride_gi + offs_m[None, :] * stride_gm
+    dy_offs = offs_m[:, None] * stride_dym + offs_o[None, :]
+    # This program's share of the rows, as if there were no other: rows 0 .. share - 1.
     split = tl.program_id(1).to(tl.int64)
+    share = tl.minimum(M - tl.program_id(1) * M_SPLIT, M_SPLIT)
+    x_ptr += split * M_SPLIT * stride_xm
+    gate_ptr += split * M_SPLIT * stride_gm
+    dy_ptr += split * M_SPLIT * stride_dym
 
     acc = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
     if c < C:
-        lo, inverse_width = grid_scale(grid_ptr, first_i + offs_i, stride_grid, I, GRID_SIZE)
+        lo, inverse_width = grid_scale(grid_ptr, pid_i * BLOCK_I + offs_i, stride_grid, I, GRID_SIZE)
         centre = c + (1 - ORDER) / 2
-        for m0 in range(begin, end, BLOCK_M):
-            in_m = offs_m < end - m0
-            x = tl.load(x_ptr + m0 * stride_xm, mask=in_i & in_m[None, :], other=0.0).to(tl.float32)
+        for m0 in range(0, share, BLOCK_M):
+            in_m = m0 + offs_m < share
+            in_x = in_i & in_m[None, :]
+            x = tl.load(x_ptr + tl.cast(m0, tl.int64) * stride_xm + x_offs, mask=in_x, other=0.0).to(tl.float32)
             phi = spline((x - lo[:, None]) * inverse_width[:, None] - centre, ORDER)
             if HAS_GATE:
-                phi *= tl.load(gate_ptr + m0 * stride_gm, mask=in_i & in_m[None, :], other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + m0 * stride_dym, mask=in_m[:, None] & in_o, other=0.0)
+                gate = tl.load(gate_ptr + tl.cast(m0, tl.int64) * stride_gm + gate_offs, mask=in_x, other=0.0)
+                phi *= gate.to(tl.float32)
+            dy = tl.load(dy_ptr + tl.cast(m0, tl.int64) * stride_dym + dy_offs, mask=in_m[:, None] & in_o, other=0.0)
             acc = tl.dot(phi.to(DOT_DTYPE), dy.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        offs = (first_i * C + c) * O + first_o + offs_i[:, None] * (C * O) + offs_o[None, :]
+        first = (first_i * C + c) * O + first_o
+        offs = offs_i[:, None] * (C * O) + offs_o[None, :]
         if tl.num_programs(1) == 1:
-            tl.store(dw_ptr + offs, acc.to(dw_ptr.dtype.element_ty), mask=in_i & in_o)
+            tl.store(dw_ptr + first + offs, acc.to(dw_ptr.dtype.element_ty), mask=in_i & in_o)
         else:
-            tl.store(dw_partial_ptr + split * I * C * O + offs, acc, mask=in_i & in_o)
+            tl.store(dw_partial_ptr + split * I * C * O + first + offs, acc, mask=in_i & in_o)
     else:
-        for m0 in range(begin, end, BLOCK_M):
-            in_m = offs_m < end - m0
-            x = tl.load(x_ptr + m0 * stride_xm, mask=in_i & in_m[None, :], other=0.0).to(tl.float32)
+        for m0 in range(0, share, BLOCK_M):
+            in_m = m0 + offs_m < share
+            in_x = in_i & in_m[None, :]
+            x = tl.load(x_ptr + tl.cast(m0, tl.int64) * stride_xm + x_offs, mask=in_x, other=0.0).to(tl.float32)
             phi = activation(x, ACTIVATION)
             if HAS_GATE:
-                phi *= tl.load(gate_ptr + m0 * stride_gm, mask=in_i & in_m[None, :], other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + m0 * stride_dym, mask=in_m[:, None] & in_o, other=0.0)
+                gate = tl.load(gate_ptr + tl.cast(m0, tl.int64) * stride_gm + gate_offs, mask=in_x, other=0.0)
+                phi *= gate.to(tl.float32)
+            dy = tl.load(dy_ptr + tl.cast(m0, tl.int64) * stride_dym + dy_offs, mask=in_m[:, None] & in_o, other=0.0)
             acc = tl.dot(phi.to(DOT_DTYPE), dy.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        offs = first_o * I + first_i + offs_o[None, :] * I + offs_i[:, None]
+        first = first_o * I + first_i
+        offs = offs_o[None, :] * I + offs_i[:, None]
         if tl.num_programs(1) == 1:
-            tl.store(dbase_ptr + offs, acc.to(dbase_ptr.dtype.element_ty), mask=in_i & in_o)
+            tl.store(dbase_ptr + first + offs, acc.to(dbase_ptr.dtype.element_ty), mask=in_i & in_o)
         else:
-            tl.store(dbase_partial_ptr + split * I * O + offs, acc, mask=in_i & in_o)
+            tl.store(dbase_partial_ptr + split * I * O + first + offs, acc, mask=in_i & in_o)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,8 +398,9 @@ def forward(
     capability, sms = _device_properties(x.device.index)
     config = config or _choose("forward", M, I, O, C, spline_weight.dtype, gate is not None, capability)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(O, config.BLOCK_O)
-    per_split = _round_up(triton.cdiv(I, split_count(tiles, I * C, sms)), config.BLOCK_I)
-    splits = triton.cdiv(I, per_split)
+    blocks = triton.cdiv(I, config.BLOCK_I)
+    per_split = triton.cdiv(blocks, split_count(tiles, I * C, sms))
+    splits = triton.cdiv(blocks, per_split)
     grid = _ranges(grid)
     partial = y.new_empty(splits, M, O, dtype=torch.float32) if splits > 1 else grid
     weight, base = spline_weight.contiguous(), _contiguous(base_weight)
