@@ -3,6 +3,8 @@
 Importing it registers the models with transformers' Auto classes.
 """
 
+from .functional import choose_backend, kan_linear
+from .layers import FFN_TYPES, KANLinear, feed_forward, match_intermediate_size
 from .models import (
     KansformerConfig,
     KansformerForCausalLM,
@@ -15,6 +17,8 @@ from .models import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "FFN_TYPES",
+    "KANLinear",
     "KansformerConfig",
     "KansformerForCausalLM",
     "KansformerForQuestionAnswering",
@@ -22,4 +26,8 @@ __all__ = [
     "KansformerForTokenClassification",
     "KansformerModel",
     "KansformerPreTrainedModel",
+    "choose_backend",
+    "feed_forward",
+    "kan_linear",
+    "match_intermediate_size",
 ]
