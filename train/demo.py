@@ -133,7 +133,7 @@ def draw_losses(output: Path) -> Path:
         text = f"{name}  {loss:.3f}"
         axes.annotate(text, (step, loss), (8, offset), textcoords="offset points", color=COLOURS[name], va="center")
     top = np.percentile([x["loss"] for x in lines if "loss" in x], 92)
-    axes.set(xlabel="steps", ylabel="loss (nats per byte)", ylim=(None, top), xlim=(0, finals[low][0] * 1.2))
+    axes.set(xlabel="steps", ylabel="loss (nats per byte)", ylim=(None, top), xlim=(0, finals[low][0]))
     axes.set_title("Tiny Shakespeare: validation (dots) and training loss (faint)", loc="left", fontsize=10)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     return save(figure, output / "loss.png")
@@ -195,7 +195,7 @@ def layer_inputs(model, layer, tokenizer) -> torch.Tensor:
     seen = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     text = (REPOSITORY / "train/tinyshakespeare.txt").read_text()[-8192:]
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: 64 * 128].view(-1, 128)
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: 32 * 256].view(-1, 256)
     model(input_ids=tokens)
     hook.remove()
     return torch.cat(seen).flatten(0, -2)
