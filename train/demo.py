@@ -125,7 +125,7 @@ def draw_losses(output: Path) -> Path:
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         axes.plot(steps[width - 1 :], smooth, color=colour, alpha=0.35, linewidth=1.2)
         steps, losses = np.array([(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]).T
-        axes.plot(steps, losses, "o-", color=colour, markersize=4, linewidth=1.8)
+        axes.plot(steps, losses, "o-", color=colour, markersize=4, linewidth=1.8, clip_on=False)
         finals[name] = (steps[-1], losses[-1])
     low, high = sorted(finals, key=lambda name: finals[name][1])
     for name, offset in ((low, -9), (high, 9)):

@@ -76,7 +76,6 @@ class Settings:
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]")
         _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "must lie strictly between 0 and 1")
-        _check("warmup_steps", self.warmup_steps, self.warmup_steps < self.steps, f"must be below steps ({self.steps})")
         choices = {"val_split": ("tail", "document"), "device": ("auto", "cpu"), "precision": ("no", "bf16")}
         for name, allowed in choices.items():
             _check(name, getattr(self, name), getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")

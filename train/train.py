@@ -114,7 +114,9 @@ def main(arguments: list[str]) -> dict:
         f"{settings.precision}, batch {settings.batch_size} = {micro_batch} x {accumulation} accumulated x {world}\n"
         f"{config.model_type}: {parameter_count:,} parameters; text: {len(train_file):,} training and "
         f"{len(val_file):,} validation tokens, an epoch is {train.num_windows / settings.batch_size:.0f} steps\n"
-        f"from step {start} to {settings.steps}" + (f" ({resumed})" if resumed else "")
+        f"from step {start} to {settings.steps}"
+        + (f" ({resumed})" if resumed else "")
+        + (f"; all of it warm-up, of {settings.warmup_steps}" if settings.warmup_steps >= settings.steps else "")
     )
     if main_process:
         output.mkdir(parents=True, exist_ok=True)
