@@ -157,9 +157,8 @@ def _kan_bwd_x_kernel(
     n_c = offs_n // BLOCK_I
     w_ptr += first_i * C * O
     w_offs = (n_i * C + n_c)[None, :] * O + offs_o[:, None]
-    x = _load_rows(x_ptr, first_m, first_i, offs_m, offs_i, stride_xm, stride_xi, in_m & in_i[None, :])
     lo, inverse_width = grid_scale(grid_ptr, pid_i * BLOCK_I + offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
+    in_x = in_m & in_i[None, :]
     dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for c0 in range(0, C, BLOCK_C):
@@ -171,6 +170,8 @@ def _kan_bwd_x_kernel(
             w = tl.load(w_ptr + c0 * O + o0 + w_offs, mask=in_n & in_o[:, None], other=0.0)
             dphi = tl.dot(dy.to(w.dtype), w, dphi, input_precision=PRECISION)
         dphi = tl.reshape(dphi, (BLOCK_M, BLOCK_C, BLOCK_I))
+        x = _load_rows(x_ptr, first_m, first_i, offs_m, offs_i, stride_xm, stride_xi, in_x)
+        t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
         s = t[:, None, :] - (c0 + tl.arange(0, BLOCK_C))[None, :, None]
         dx += tl.sum(dphi * spline_derivative(s, ORDER), axis=1)
         if HAS_GATE:
@@ -185,17 +186,17 @@ def _kan_bwd_x_kernel(
             dy = tl.load(dy_ptr + o0 + dy_offs, mask=in_m & in_o[None, :], other=0.0)
             w = tl.load(base_ptr + tl.cast(o0, tl.int64) * I + base_offs, mask=in_i[None, :] & in_o[:, None], other=0.0)
             dphi = tl.dot(dy.to(w.dtype), w, dphi, input_precision=PRECISION)
+        x = _load_rows(x_ptr, first_m, first_i, offs_m, offs_i, stride_xm, stride_xi, in_x)
         dx += dphi * activation_derivative(x, ACTIVATION)
         if HAS_GATE:
             dgate += dphi * activation(x, ACTIVATION)
 
     first = first_m * I + first_i
     offs = offs_m[:, None] * I + offs_i[None, :]
-    mask = in_m & in_i[None, :]
     if HAS_GATE:
-        dx *= _load_rows(gate_ptr, first_m, first_i, offs_m, offs_i, stride_gm, stride_gi, mask)
-        tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dx *= _load_rows(gate_ptr, first_m, first_i, offs_m, offs_i, stride_gm, stride_gi, in_x)
+        tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=in_x)
+    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=in_x)
 
 
 @triton.jit
@@ -307,34 +308,55 @@ def split_count(tiles: int, reduction: int, sms: int, least: int = 512) -> int:
     return min(range(1, max(1, min(32, reduction // least)) + 1), key=cost)
 
 
-def config(kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, capability: int) -> Config:
-    """The tile sizes of "forward", "backward_x" or "backward_w"."""
-    return candidate_configs(kernel, M, I, O, C, dtype, gated, capability)[0]
+def config(
+    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, based: bool, capability: int
+) -> Config:
+    """The configuration of "forward", "backward_x" or "backward_w".
+
+    Chosen by what the compiler made of it and not by a sweep: no spilled registers in any case of
+    tests/test_kernels.py, and on sm_90 products that stay in flight while the next splines are evaluated.
+    """
+    return candidate_configs(kernel, M, I, O, C, dtype, gated, based, capability)[0]
 
 
 def candidate_configs(
-    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, capability: int
+    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, based: bool, capability: int
 ) -> list[Config]:
     """Configurations worth timing, the shipped one first."""
+    block_c = function_block(C)
     if dtype == torch.float32:
-        return {
-            "forward": [Config(64, 32, 64, 4, 2)],
-            "backward_x": [Config(64, 64 // function_block(C), 32, 4, 2, function_block(C))],
-            "backward_w": [Config(32, 64, 64, 4, 2)],
-        }[kernel]
+        tiles = {
+            "forward": [Config(64, 32, 32, 8, 2), Config(128, 32, 128, 8, 2)],
+            "backward_x": [
+                Config(64, 64 // block_c, 32, 8, 2, block_c),
+                Config(128, 128 // block_c, 32, 8, 2, block_c),
+            ],
+            "backward_w": [Config(32, 64, 64, 4, 2), Config(32, 128, 128, 8, 2)],
+        }
+        return tiles[kernel]
+    # Tiles 256 wide need the registers that warpgroup products leave free and the shared memory of a data-centre part.
+    wide = capability // 10 in (9, 10)
     if kernel == "forward":
         if M <= 64:
-            return [Config(16 if M <= 16 else 64, 32, 64, 4, 4)]
-        return [Config(128, 32, 256, 8, 4)]
+            small = Config(16 if M <= 16 else 64, 32, 64, 4, 4)
+            return [small, dataclasses.replace(small, BLOCK_O=128), dataclasses.replace(small, num_stages=6)]
+        tiles = [Config(128, 32, 256, 8, 4), Config(128, 32, 256, 8, 3), Config(128, 32, 128, 8, 4)]
+        return tiles if wide and O > 128 else tiles[2:]
     if kernel == "backward_x":
-        block_c = function_block(C)
-        return [Config(128, 256 // block_c, 64, 8, 3, block_c)]
-    return [Config(64, 128, 256, 8, 3)]
+        tiles = [Config(128, 128 // block_c, 32, 8, 3, block_c), Config(128, 256 // block_c, 64, 8, 3, block_c)]
+        # The epilogue's registers decide: these are the cases in which nothing spills.
+        fits = {8: not gated and (not based or dtype == torch.bfloat16), 4: gated and not based, 2: False}[block_c]
+        return tiles[::-1] if capability // 10 == 9 and fits else tiles
+    tiles = [Config(64, 128, 256, 8, 3), Config(64, 128, 128, 8, 3), Config(32, 128, 128, 8, 3)]
+    return tiles if wide and O > 128 else tiles[2:]
 
 
 def function_block(C: int) -> int:
-    """BLOCK_C of the dx kernel: the power of two up to 8 that pads C least, wide ones preferred."""
-    return min((8, 4, 2, 1), key=lambda block: -(-C // block) * block * {8: 1, 4: 1, 2: 1.1, 1: 1.2}[block])
+    """BLOCK_C of the dx kernel, which pads C to its multiple: the cheapest of 8, 4 and 2.
+
+    With 2, dx and dgate take as many registers as dPhi, so tiles are half as wide and move 4/3 of the bytes.
+    """
+    return min((8, 4, 2), key=lambda block: -(-C // block) * block * (4 / 3 if block == 2 else 1))
 
 
 @functools.cache
@@ -396,7 +418,9 @@ def forward(
     if y.numel() == 0 or I == 0:
         return y.zero_()
     capability, sms = _device_properties(x.device.index)
-    config = config or _choose("forward", M, I, O, C, spline_weight.dtype, gate is not None, capability)
+    config = config or _choose(
+        "forward", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability
+    )
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(O, config.BLOCK_O)
     blocks = triton.cdiv(I, config.BLOCK_I)
     per_split = triton.cdiv(blocks, split_count(tiles, I * C, sms))
@@ -462,7 +486,9 @@ def backward_x(
     if dx.numel() == 0 or O == 0:
         return dx.zero_(), None if gate is None else dgate.zero_()
     capability, _ = _device_properties(x.device.index)
-    config = config or _choose("backward_x", M, I, O, C, spline_weight.dtype, gate is not None, capability)
+    config = config or _choose(
+        "backward_x", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability
+    )
     grid, weight, base = _ranges(grid), spline_weight.contiguous(), _contiguous(base_weight)
     with torch.cuda.device_of(x):
         _kan_bwd_x_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(I, config.BLOCK_I),)](
@@ -502,7 +528,7 @@ def backward_w(
             out.zero_()
         return dweight, dbase
     capability, sms = _device_properties(x.device.index)
-    config = config or _choose("backward_w", M, I, O, C, dtype, gate is not None, capability)
+    config = config or _choose("backward_w", M, I, O, C, dtype, gate is not None, needs_base, capability)
     functions = C * needs_weight + needs_base
     programs = functions * triton.cdiv(I, config.BLOCK_I) * triton.cdiv(O, config.BLOCK_O)
     per_split = _round_up(triton.cdiv(M, split_count(programs, M, sms)), config.BLOCK_M)

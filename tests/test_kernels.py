@@ -1,0 +1,415 @@
+"""The Triton kernels: numbers against float64, in the interpreter or on a GPU, and what the compiler makes of them.
+
+The interpreter holds bfloat16 as truncated float32, so that a rounding costs twice what it costs on a GPU: bfloat16 is
+allowed twice the error there.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import assert_twice, error
+from torch import Tensor
+
+from kansformer.kernels import torch_kan
+
+pytest.importorskip("triton")
+from kansformer.kernels import triton_decode, triton_kan
+
+if not torch.cuda.is_available():
+    import interpreter  # noqa: F401
+
+HERE = Path(__file__).parent
+# numpy warns where a GPU quietly makes infinity, as in exp of a large number.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("x", "gate", "spline_weight", "base_weight")
+
+
+@dataclasses.dataclass
+class Layer:
+    """One layer with inputs and a cotangent; weights are scaled so that outputs are O(1)."""
+
+    x: Tensor
+    gate: Tensor | None
+    spline_weight: Tensor
+    grid: Tensor
+    base_weight: Tensor | None
+    grid_size: int
+    spline_order: int
+    base_activation: str
+    dy: Tensor
+
+    @property
+    def arguments(self):
+        return (
+            self.x, self.gate, self.spline_weight, self.grid, self.base_weight,
+            self.grid_size, self.spline_order, self.base_activation,
+        )  # fmt: skip
+
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        return tuple(getattr(self, name) is not None for name in NAMES)
+
+    def double(self) -> "Layer":
+        return dataclasses.replace(
+            self, **{n: getattr(self, n).double() for n in (*NAMES, "grid", "dy") if getattr(self, n) is not None}
+        )
+
+
+def make(
+    M, I, O, G, k, *, gate=False, base=True, activation="silu", dtype=torch.float32, x_dtype=None, shared_grid=False
+):
+    x_dtype = x_dtype or dtype
+    draw = lambda *shape, dtype=dtype, scale=1.0: (torch.randn(*shape) * scale).to(dtype).to(DEVICE)  # noqa: E731
+    width = 1.5 + torch.rand(() if shared_grid else I)
+    return Layer(
+        x=draw(M, I, dtype=x_dtype, scale=1.5),
+        gate=draw(M, I, dtype=x_dtype) if gate else None,
+        spline_weight=draw(I * (G + k), O, scale=max(I, 1) ** -0.5),
+        grid=torch.stack([0.1 - width, 0.2 + width], -1).to(DEVICE),
+        base_weight=draw(O, I, scale=max(I, 1) ** -0.5) if base else None,
+        grid_size=G,
+        spline_order=k,
+        base_activation=activation,
+        dy=draw(M, O),
+    )
+
+
+def check(layer: Layer, forward=triton_kan.forward, backward: bool = True) -> None:
+    """The 2x rule for the output and every gradient, against float64 and with the torch backend as the twin."""
+    interpreted = DEVICE == "cpu" and layer.spline_weight.dtype == torch.bfloat16
+    epsilon = 4e-3 if interpreted else 1e-6
+    exact = layer.double()
+    results = {"y": forward(*layer.arguments)}
+    twins = {"y": torch_kan.forward(*layer.arguments)}
+    references = {"y": torch_kan.forward(*exact.arguments)}
+    assert results["y"].dtype == layer.spline_weight.dtype
+    if backward:
+        results |= zip(NAMES, triton_kan.backward(layer.dy, *layer.arguments, layer.needs))
+        twins |= zip(NAMES, torch_kan.backward(layer.dy, *layer.arguments, layer.needs))
+        references |= zip(NAMES, torch_kan.backward(exact.dy, *exact.arguments, layer.needs))
+    for name, reference in references.items():
+        if reference is None:
+            assert results[name] is None
+            continue
+        if name != "y":
+            assert results[name].dtype == getattr(layer, name).dtype
+        assert_twice(results[name], twins[name], reference, epsilon, name)
+
+
+SHAPES = [(1, 1, 1), (70, 37, 45), (33, 72, 130)] if DEVICE == "cpu" else [(1, 1, 1), (333, 200, 330), (4096, 768, 520)]
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("k", "G"), [(1, 1), (1, 3), (1, 7), (2, 3), (2, 5), (3, 5), (3, 8)])
+def test_matches_float64(shape, k, G, gate):
+    check(make(*shape, G, k, gate=gate))
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_half_precision(dtype, k, gate):
+    check(make(*SHAPES[1], 4, k, gate=gate, base=not gate, dtype=dtype))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
+def test_x_of_another_dtype(x_dtype):
+    check(make(*SHAPES[1], 5, 3, gate=True, dtype=torch.bfloat16, x_dtype=x_dtype))
+
+
+@pytest.mark.parametrize("activation", triton_kan.BASE_ACTIVATIONS)
+def test_base_activations(activation):
+    check(make(20, 10, 12, 3, 1, gate=True, activation=activation))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_without_base_and_with_one_grid_for_all(k):
+    check(make(20, 10, 12, 3, k, base=False, shared_grid=True))
+
+
+def test_small_rows_share_the_inputs_among_programs():
+    layer = make(40, 700, 20, 5, 3, gate=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kan, "sum_partials", calls := counted(triton_kan.sum_partials))
+        check(layer, backward=False)
+    assert calls.count == 1
+
+
+def test_many_rows_share_the_tokens_among_programs():
+    layer = make(1200, 5, 6, 2, 2, gate=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kan, "sum_partials", calls := counted(triton_kan.sum_partials))
+        check(layer)
+    assert calls.count == 2  # spline and base weights
+
+
+def counted(function):
+    def call(*args):
+        call.count += 1
+        return function(*args)
+
+    call.count = 0
+    return call
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("k", "G"), [(1, 7), (2, 6), (3, 5)])
+@pytest.mark.parametrize(("M", "I"), [(1, 37), (1, 300), (3, 50)])
+def test_decode(M, I, k, G, gate):
+    layer = make(M, I, 70, G, k, gate=gate)
+    check(layer, forward=triton_decode.decode, backward=False)
+    x = layer.x.clone()
+    x[0, :3] = torch.tensor([1e4, -1e4, 2.4], device=DEVICE)
+    check(dataclasses.replace(layer, x=x), forward=triton_decode.decode, backward=False)
+
+
+def test_forward_decodes_where_that_reads_less(monkeypatch):
+    assert triton_kan.use_decode(1, 64, 64, 8, 3)
+    assert triton_kan.use_decode(4, 64, 64, 8, 1)
+    assert not triton_kan.use_decode(3, 64, 64, 8, 3)
+    assert not triton_kan.use_decode(0, 64, 64, 8, 3)
+    assert not triton_kan.use_decode(65, 64, 64, 1000, 1)
+    layer = make(1, 40, 50, 5, 3)
+    expected = triton_decode.decode(*layer.arguments)
+    assert torch.equal(triton_kan.forward(*layer.arguments), expected)
+    config = triton_kan.config("forward", 1, 40, 50, 8, torch.float32, False, True, 90)
+    assert error(triton_kan.forward(*layer.arguments, config=config), expected) < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_on_knots_at_the_ends_and_far_outside(k):
+    layer = make(40, 6, 8, 4, k, gate=True)
+    lo, hi = -2.0, 2.0  # knots and their positions are exact in binary
+    layer.grid = torch.tensor([lo, hi], device=DEVICE)
+    points = torch.tensor([*torch.arange(-4, 5), -2.5, 2.5, 5, -5, 1e4, -1e4, 3e38], device=DEVICE)
+    layer.x = points[torch.randint(len(points), (40, 6))].to(layer.x).clone()
+    layer.base_weight = None
+    check(layer)
+    check(layer, forward=triton_decode.decode, backward=False)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("forward", [triton_kan.forward, triton_decode.decode])
+def test_nan_in_nan_out(k, forward):
+    layer = make(20, 10, 12, 4, k, base=False)
+    clean = forward(*layer.arguments)
+    layer.x[3, 7] = torch.nan
+    y = forward(*layer.arguments)
+    assert y[3].isnan().all()
+    rest = torch.arange(20) != 3
+    assert torch.equal(y[rest], clean[rest])
+    dx, _, dw, _ = triton_kan.backward(layer.dy, *layer.arguments, (True, False, True, False))
+    assert dx.isnan().sum() == 1
+    assert dx[3, 7].isnan()
+    assert dw.unflatten(0, (10, -1))[7].isnan().all()
+    assert not dw.unflatten(0, (10, -1))[torch.arange(10) != 7].isnan().any()
+
+
+def test_strided_tensors():
+    layer = make(50, 24, 18, 3, 2, gate=True)
+    layer.x = torch.randn(24, 100, device=DEVICE).T[::2]
+    layer.gate = torch.randn(50, 48, device=DEVICE)[:, ::2]
+    layer.spline_weight = torch.randn(18, 24 * 5, device=DEVICE).T
+    layer.base_weight = torch.randn(24, 18, device=DEVICE).T
+    layer.dy = torch.randn(18, 50, device=DEVICE).T
+    check(layer)
+    layer.dy = torch.randn(1, 1, device=DEVICE).expand(50, 18)
+    check(layer)
+
+
+@pytest.mark.parametrize("empty", ["M", "I", "O"])
+def test_empty(empty):
+    sizes = {"M": 5, "I": 6, "O": 7} | {empty: 0}
+    layer = make(*sizes.values(), 3, 2, gate=True)
+    y = triton_kan.forward(*layer.arguments)
+    assert y.shape == (sizes["M"], sizes["O"])
+    assert (y == 0).all()
+    for name, gradient in zip(NAMES, triton_kan.backward(layer.dy, *layer.arguments, layer.needs)):
+        assert gradient.shape == getattr(layer, name).shape
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_only_the_gradients_asked_for(needs):
+    layer = make(9, 6, 7, 3, 1, gate=True)
+    everything = triton_kan.backward(layer.dy, *layer.arguments, (True,) * 4)
+    for gradient, expected, needed in zip(triton_kan.backward(layer.dy, *layer.arguments, needs), everything, needs):
+        assert torch.equal(gradient, expected) if needed else gradient is None
+
+
+def test_two_runs_are_bit_equal():
+    layer = make(300, 40, 70, 5, 3, gate=True, dtype=torch.bfloat16)
+    runs = [
+        (triton_kan.forward(*layer.arguments), *triton_kan.backward(layer.dy, *layer.arguments, layer.needs))
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_the_comparison_rejects_zeros_and_one_wrong_coefficient():
+    layer = make(40, 20, 24, 5, 3)
+    with pytest.raises(AssertionError, match="off by"):
+        check(layer, forward=lambda *a: torch.zeros(40, 24, device=DEVICE), backward=False)
+
+    def perturbed(x, gate, spline_weight, *rest):
+        spline_weight = spline_weight.clone()
+        spline_weight[61, 5] *= 1.1
+        return triton_kan.forward(x, gate, spline_weight, *rest)
+
+    with pytest.raises(AssertionError, match="off by"):
+        check(layer, forward=perturbed, backward=False)
+
+
+def test_every_candidate_configuration_computes_the_same():
+    layer = make(130, 40, 140, 3, 1, gate=True, base=False, dtype=torch.float16)
+    sizes = (130, 40, 140, 4, torch.float16, True, False, 90)
+    y = triton_kan.forward(*layer.arguments)
+    for config in triton_kan.candidate_configs("forward", *sizes):
+        assert error(triton_kan.forward(*layer.arguments, config=config), y) < 2e-3
+    dx, dgate = triton_kan.backward_x(layer.dy, *layer.arguments)
+    for config in triton_kan.candidate_configs("backward_x", *sizes):
+        for result, expected in zip(triton_kan.backward_x(layer.dy, *layer.arguments, config=config), (dx, dgate)):
+            assert error(result, expected) < 2e-3
+    dw, _ = triton_kan.backward_w(layer.dy, *layer.arguments, needs_base=False)
+    for config in triton_kan.candidate_configs("backward_w", *sizes):
+        result, _ = triton_kan.backward_w(layer.dy, *layer.arguments, needs_base=False, config=config)
+        assert error(result, dw) < 2e-3
+
+
+def test_unsupported_says_why():
+    x, w = torch.zeros(2, 3, device=DEVICE), torch.zeros(24, 4, device=DEVICE)
+    reason = lambda x=x, w=w, k=3, act="silu": triton_kan.unsupported(x, w, spline_order=k, base_activation=act)  # noqa: E731
+    assert reason() is None
+    assert "4" in reason(k=4)
+    assert "tanh" in reason(act="tanh")
+    assert "float64" in reason(x=x.double())
+    assert "float64" in reason(w=w.double())
+
+
+def test_float32_products_follow_torch():
+    asked = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(setting)
+            assert triton_kan.precision(torch.float32) == expected
+            assert triton_kan.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(asked)
+
+
+def test_splits_fill_the_chip():
+    assert triton_kan.split_count(tiles=132 * 8, reduction=16384, sms=132) == 1
+    assert triton_kan.split_count(tiles=8, reduction=16384, sms=132) > 8
+    assert triton_kan.split_count(tiles=1, reduction=100, sms=132) == 1
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    layer = make(40_000, 8_192, 16, 5, 3, gate=False, base=False, dtype=torch.bfloat16)
+    wide = torch.empty(40_000, 65_536, dtype=torch.bfloat16, device=DEVICE)
+    wide[:, -8_192:] = layer.x
+    y = triton_kan.forward(*layer.arguments)
+    assert torch.equal(triton_kan.forward(wide[:, -8_192:], *layer.arguments[1:]), y)
+    gradients = triton_kan.backward(layer.dy, *layer.arguments, layer.needs)
+    strided = triton_kan.backward(layer.dy, wide[:, -8_192:], *layer.arguments[1:], layer.needs)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, strided) if a is not None)
+
+
+# What the compiler makes of the kernels, for GPUs that need not be there.
+
+Case = collections.namedtuple("Case", "dtype spline_order grid_size gate base rows")
+TRAINING, ALL = (4096,), (16, 4096)
+CASES = [
+    Case("bfloat16", 1, 3, True, False, ALL),  # kan_gated, C = 4
+    Case("bfloat16", 3, 5, False, True, ALL),  # kan, C = 8
+    Case("bfloat16", 3, 5, True, True, TRAINING),
+    Case("bfloat16", 2, 3, False, False, TRAINING),
+    Case("float16", 1, 7, False, True, TRAINING),
+    Case("float32", 3, 5, False, True, TRAINING),
+]
+MANY_CASES = [
+    Case(dtype, k, G, gate, base, ALL)
+    for dtype, (k, G), gate, base in itertools.product(
+        ("bfloat16", "float16", "float32"),
+        [(1, 3), (1, 7), (2, 3), (2, 4), (3, 3), (3, 5)],
+        (False, True),
+        (False, True),
+    )
+]
+# Shared memory a program may have, KiB (CUDA C++ programming guide, technical specifications per compute capability).
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
+
+
+def compiled(capability: int, cases: list[Case], cache: Path) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "aot.py"), str(capability)],
+        input=json.dumps([case._asdict() for case in cases]),
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_compiled(capability: int, kernels: list[dict]) -> None:
+    assert {kernel["kernel"] for kernel in kernels} >= {
+        "_kan_fwd_kernel", "_kan_bwd_x_kernel", "_kan_bwd_w_kernel", "_kan_decode_kernel", "_sum_kernel",
+    }  # fmt: skip
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_KIB[capability] * 1024, kernel
+        assert kernel["stack"] == 0, f"spills registers: {kernel}"
+        product = kernel["kernel"] in ("_kan_fwd_kernel", "_kan_bwd_x_kernel", "_kan_bwd_w_kernel")
+        if capability == 90 and product and kernel["case"]["dtype"] != "float32" and kernel["tile"]["BLOCK_M"] >= 64:
+            assert kernel["wgmma"] > 0, kernel
+            assert not kernel["serialized"], f"products wait for each other: {kernel}"
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_compiles_ahead_of_time(capability, tmp_path):
+    cases = CASES if capability == 90 else CASES[:2]
+    check_compiled(capability, compiled(capability, cases, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_every_configuration_compiles_ahead_of_time(capability, tmp_path):
+    for dtype in ("bfloat16", "float16", "float32"):
+        check_compiled(capability, compiled(capability, [c for c in MANY_CASES if c.dtype == dtype], tmp_path))
+
+
+def test_a_new_number_of_rows_compiles_nothing(tmp_path):
+    """One variant of each training kernel over ten lengths, by triton's own specialization."""
+    program = """
+import json, sys
+import aot
+lengths = (65, 100, 128, 129, 1000, 1024, 2048, 3000, 4095, 16384)
+variants = {}
+for case in json.load(sys.stdin):
+    for launch in aot.launches(aot.Case(**case | {"rows": lengths}), 90):
+        variants.setdefault(launch.kernel.__name__, set()).add(str(launch.variant(90)))
+print(json.dumps({name: len(found) for name, found in variants.items()}))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{HERE}:{HERE.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps([CASES[1]._asdict()]), env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    counts = json.loads(done.stdout)
+    sums = counts.pop("_sum_kernel")  # one for each pair of alignments, whatever the lengths
+    assert set(counts.values()) == {1}, counts
+    assert sums <= 2
