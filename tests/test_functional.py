@@ -52,8 +52,14 @@ def gradients(y, t, cotangent):
     return dict(zip(names, torch.autograd.grad(y, [t[name] for name in names], cotangent.to(y.dtype))))
 
 
-# Rows: none, one (the decode path), a few, and more than one chunk with a remainder.
-@pytest.mark.parametrize("rows", [0, 1, 3, 2 * torch_kan.CPU_CHUNK_ROWS + 5])
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """A Phi of 100 rows or less in float64, so that small tests have several chunks."""
+    monkeypatch.setattr(torch_kan, "CPU_CHUNK_BYTES", 8 * 100 * I * (G + 3))
+
+
+# Rows: none, one (the decode path), a few, and several chunks with a remainder.
+@pytest.mark.parametrize("rows", [0, 1, 3, 405])
 @pytest.mark.parametrize("spline_order", [1, 2, 3])
 @pytest.mark.parametrize(("gated", "based"), list(itertools.product([False, True], repeat=2)))
 def test_forward_and_gradients(rows, spline_order, gated, based, poison_empty):

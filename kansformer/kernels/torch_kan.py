@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kansformer import splines
 
-# Rows in a chunk of Phi. CPU: 256 was the fastest of 64, 128, 256 and 512 at I*C = 4096 and 1824 (2 cores, 1 MB of L2
-# each). Elsewhere launches cost more than cache misses, so a chunk fills a fixed amount of memory instead.
-CPU_CHUNK_ROWS = 256
+# Size of a chunk of Phi. CPU: it has to stay in the last cache together with a few tensors of half its size, and every
+# further chunk costs some forty operations on all threads. Elsewhere launches cost more than cache misses.
+CPU_CHUNK_BYTES = 8 * 2**20
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -90,7 +90,7 @@ def backward(
                 d = d.addcmul_(dinput, activation(x_rows, base_activation))
             dgate[rows] = d
         if need_x:
-            d = (live * slopes).sum(1)
+            d = (live * slopes).sum(1).mul_(splines.inverse_width(grid, grid_size, slopes.dtype))
             if dinput is not None:
                 d += _activation_backward(dinput.to(x.dtype), x_rows, base_activation)
             dx[rows] = d if gate is None else d.mul_(gate_rows)
@@ -135,27 +135,74 @@ def _base_input(x: Tensor, gate: Tensor | None, name: str, dtype: torch.dtype) -
 
 
 def _chunks(x: Tensor, spline_weight: Tensor) -> list[slice]:
-    rows = CPU_CHUNK_ROWS
-    if x.device.type != "cpu":
-        rows = max(CPU_CHUNK_ROWS, CHUNK_BYTES // max(1, spline_weight.shape[0] * spline_weight.element_size()))
+    budget = CPU_CHUNK_BYTES if x.device.type == "cpu" else CHUNK_BYTES
+    rows = max(1, budget // max(1, spline_weight.shape[0] * spline_weight.element_size()))
     return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 
 def _live(
     x: Tensor, grid: Tensor, grid_size: int, spline_order: int, slopes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Columns in Phi, values and (if asked) derivatives in x of the k + 1 live splines, each (rows, k + 1, I)."""
+    """Columns in Phi, values and (if asked) derivatives in t of the k + 1 live splines, each (rows, k + 1, I)."""
     first, s = splines.live_basis(x, grid, grid_size, spline_order)
     r = torch.arange(spline_order + 1, device=x.device).unsqueeze(-1)
+    if x.device.type == "cpu" and (spline_order > 1 or slopes):  # elsewhere nonzero would wait for the device
+        u = s + (1 - spline_order) / 2
+        values, derivatives = _inside(u, spline_order, slopes)
+        outside = ((u < 0) | (u >= 1)).nonzero(as_tuple=True)
+        value, derivative = _cardinal(s[outside].unsqueeze(-1) - r.flatten(), spline_order, slopes)
+        values[outside[0], :, outside[1]] = value
+        if slopes:
+            derivatives[outside[0], :, outside[1]] = derivative
+    else:
+        values, derivatives = _cardinal(s.unsqueeze(1) - r, spline_order, slopes)
     first += torch.arange(x.shape[1], device=x.device) * (grid_size + spline_order)
-    values, derivatives = _cardinal(s.unsqueeze(1) - r.to(s.dtype), spline_order, slopes)
-    if derivatives is not None:
-        derivatives *= splines.inverse_width(grid, grid_size, s.dtype)
     return first.unsqueeze(1) + r, values, derivatives
 
 
+def _inside(u: Tensor, spline_order: int, slopes: bool) -> tuple[Tensor, Tensor | None]:
+    """Values and, if asked, derivatives of the live splines at u = t - floor(t) in [0, 1), (rows, k + 1, I) each.
+
+    On one interval each is a fixed polynomial of u or of w = 1 - u, a quarter of the work of M_3 at k + 1 points:
+
+        k = 1:  w,  u
+        k = 2:  w^2 / 2,  1/2 + u w,  u^2 / 2
+        k = 3:  w^3 / 6,  2/3 - u^2 + u^3 / 2,  2/3 - w^2 + w^3 / 2,  u^3 / 6
+    """
+    rows, inputs = u.shape
+    values = u.new_empty(rows, spline_order + 1, inputs)
+    derivatives = torch.empty_like(values) if slopes else None
+    if spline_order == 1:
+        torch.sub(1, u, out=values[:, 0])
+        values[:, 1] = u
+        if slopes:
+            derivatives[:, 0], derivatives[:, 1] = -1, 1
+        return values, derivatives
+    w = 1 - u
+    u2, w2 = u * u, w * w
+    if spline_order == 2:
+        torch.mul(w2, 1 / 2, out=values[:, 0])
+        torch.mul(u, w, out=values[:, 1]).add_(1 / 2)
+        torch.mul(u2, 1 / 2, out=values[:, 2])
+        if slopes:
+            torch.neg(w, out=derivatives[:, 0])
+            torch.sub(w, u, out=derivatives[:, 1])
+            derivatives[:, 2] = u
+        return values, derivatives
+    torch.mul(w2, w, out=values[:, 0]).mul_(1 / 6)
+    torch.mul(u2, u, out=values[:, 3]).mul_(1 / 6)
+    torch.sub(2 / 3, u2, out=values[:, 1]).add_(values[:, 3], alpha=3)
+    torch.sub(2 / 3, w2, out=values[:, 2]).add_(values[:, 0], alpha=3)
+    if slopes:
+        torch.mul(w2, -1 / 2, out=derivatives[:, 0])
+        torch.mul(u2, 1 / 2, out=derivatives[:, 3])
+        torch.mul(u, -2, out=derivatives[:, 1]).add_(derivatives[:, 3], alpha=3)
+        torch.mul(w, 2, out=derivatives[:, 2]).add_(derivatives[:, 0], alpha=3)
+    return values, derivatives
+
+
 def _cardinal(s: Tensor, spline_order: int, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """splines.cardinal and, if asked, its derivative, with shared powers and few temporaries.
+    """splines.cardinal and, if asked, its derivative anywhere, with shared powers and few temporaries.
 
     With m = max(0, (k+1)/2 - |s|) and n = max(0, m - 1): M_2 = (m^2 - 3 n^2) / 2, M_3 = (m^3 - 4 n^3) / 6.
     """
