@@ -19,9 +19,9 @@ import argparse
 import dataclasses
 import json
 
-# Instructions an element: subtraction of the centre, distances, clamps, powers, and half a conversion to 16 bits. Counted
-# in the SASS of the sm_90 forward kernel for k = 3 (tests/aot.py compiles it), from the source for the others. A gate
-# adds its product and half an unpacking.
+# Instructions an element: subtraction of the centre, distances, clamps, powers, half a conversion to 16 bits. k = 3 was
+# counted in the SASS of the sm_90 forward kernel (tests/aot.py compiles it), the others in the source. A gate adds its
+# product and half an unpacking.
 SPLINE = {1: 3.5, 2: 9.5, 3: 11.5}
 # The same for derivatives, with the product by dPhi and the sum over c in fp32 (estimated from the source).
 DERIVATIVE = {1: 8, 2: 10, 3: 12}

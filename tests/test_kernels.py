@@ -28,7 +28,9 @@ if not torch.cuda.is_available():
 
 HERE = Path(__file__).parent
 # numpy warns where a GPU quietly makes infinity, as in exp of a large number.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")]
+if torch.cuda.is_available():
+    pytestmark.append(pytest.mark.gpu)  # all of it then runs on the GPU, so `-m gpu` is to find it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "gate", "spline_weight", "base_weight")
 
