@@ -19,7 +19,19 @@ from unittest import mock
 
 import torch
 from bench_ffn import BLOCKS, REFERENCE, backend, build, bytes_read
-from harness import RESULTS, ROOT, environment, header, markdown, ratio, side_by_side, summary, write, write_json
+from harness import (
+    RESULTS,
+    ROOT,
+    environment,
+    header,
+    markdown,
+    ratio,
+    side_by_side,
+    summary,
+    write,
+    write_figure,
+    write_json,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -318,12 +330,7 @@ def draw(result: dict, path: Path) -> None:
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    env = result["environment"]
-    figure.suptitle(f"{env['device']}, {env['dtype']}, torch {env['torch']}", fontsize=9)
-    part = path.with_suffix(".part.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(part, dpi=150)
-    part.replace(path)
+    write_figure(path, figure, result["environment"])
     plt.close(figure)
 
 

@@ -20,7 +20,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import RESULTS, ROOT, environment, header, markdown, ratio, side_by_side, summary, write, write_json
+from harness import (
+    RESULTS,
+    ROOT,
+    environment,
+    header,
+    markdown,
+    ratio,
+    side_by_side,
+    summary,
+    write,
+    write_figure,
+    write_json,
+)
 from torch import Tensor, nn
 
 from kansformer.functional import choose_backend
@@ -327,13 +339,22 @@ def draw(result: dict, path: Path) -> None:
 
     d = max(r["d"] for r in result["training"])
     panels = [
-        (f"Forward + backward, d = {d}", {r["block"]: r["step_ratio"] for r in result["training"] if r["d"] == d}),
-        (f"Saved for backward, d = {d}", {r["block"]: r["saved_ratio"] for r in result["training"] if r["d"] == d}),
+        (
+            f"Forward + backward, d = {d} (MLP = 1)",
+            {r["block"]: r["step_ratio"] for r in result["training"] if r["d"] == d},
+        ),
+        (
+            f"Saved for backward, d = {d} (MLP = 1)",
+            {r["block"]: r["saved_ratio"] for r in result["training"] if r["d"] == d},
+        ),
     ]
     if result["decoding"]:
         d = max(r["d"] for r in result["decoding"])
         panels.append(
-            (f"Decoding one token, d = {d}", {r["block"]: r["ratio"] for r in result["decoding"] if r["d"] == d})
+            (
+                f"Decoding one token, d = {d} (MLP = 1)",
+                {r["block"]: r["ratio"] for r in result["decoding"] if r["d"] == d},
+            )
         )
     longest = max(len(values) for _, values in panels)
     figure, axes = plt.subplots(
@@ -351,15 +372,7 @@ def draw(result: dict, path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    env = result["environment"]
-    figure.suptitle(
-        f"Blocks of equal parameters, MLP = 1, lower is better. {env['device']}, {env['dtype']}, torch {env['torch']}",
-        fontsize=9,
-    )
-    part = path.with_suffix(".part.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(part, dpi=150)
-    part.replace(path)
+    write_figure(path, figure, result["environment"])
     plt.close(figure)
 
 

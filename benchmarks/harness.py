@@ -12,9 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,6 +100,15 @@ def write(path: Path, text: str) -> None:
 
 def write_json(path: Path, result: dict) -> None:
     write(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_figure(path: Path, figure: "Figure", env: dict) -> None:
+    """Save a matplotlib figure, titled with where its numbers come from."""
+    figure.suptitle(f"{env['device']}, {env['dtype']}, torch {env['torch']}, {env['date']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=150)
+    os.replace(part, path)
 
 
 def _time(run: Callable[[], object], device: str) -> float:

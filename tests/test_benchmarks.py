@@ -1,0 +1,51 @@
+"""The benchmark scripts run end to end, at sizes that measure nothing, and write what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_files(folder: Path, name: str) -> dict:
+    assert not list(folder.glob("*.part*"))
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    result = json.loads((folder / f"{name}.json").read_text())
+    header = (folder / f"{name}.md").read_text()
+    for key in ("commit", "device", "torch", "transformers"):
+        assert str(result["environment"][key]) in header
+    return result
+
+
+def test_bench_ffn(tmp_path):
+    small = ["--hidden_size", "128", "--decode_size", "128", "--tokens", "64", "--rounds", "2"]
+    printed = run("bench_ffn.py", *small, "--output", str(tmp_path))
+    result = check_files(tmp_path, "ffn_cpu")
+    assert json.loads(printed.splitlines()[-1])["environment"] == result["environment"]
+    rows = {row["block"]: row for row in result["training"]}
+    assert rows["mlp"]["step_ratio"] == rows["mlp"]["saved_ratio"] == 1
+    for row in rows.values():
+        assert row["parameters"] == pytest.approx(rows["mlp"]["parameters"], rel=0.1)
+        assert row["step_ms"]["q20"] <= row["step_ms"]["median"] <= row["step_ms"]["q80"]
+    assert rows["kan k=3 C=8"]["saved_ratio"] <= 0.5  # counted, not timed: true at any size
+    decoding = {row["block"]: row["bytes_ratio"] for row in result["decoding"]}
+    assert decoding["kan k=1 C=8"] == pytest.approx(3 / 9, rel=0.1)
+    assert decoding["kan_gated k=1 C=4"] == pytest.approx(4 / 6, rel=0.1)
+
+
+def test_bench_decode(tmp_path):
+    small = ["--hidden_size", "64", "--batches", "1", "2", "--models", "tiny", "--rounds", "2"]
+    run("bench_decode.py", *small, "--output", str(tmp_path))
+    result = check_files(tmp_path, "decode_cpu")
+    assert {row["batch"] for row in result["blocks"]} == {1, 2}
+    assert {row["model"] for row in result["models"]} == {"tiny swiglu", "tiny kan_gated"}
