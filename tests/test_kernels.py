@@ -21,7 +21,7 @@ from torch import Tensor
 from kansformer.kernels import torch_kan
 
 pytest.importorskip("triton")
-from kansformer.kernels import triton_decode, triton_kan
+from kansformer.kernels import triton_config, triton_decode, triton_kan
 
 if not torch.cuda.is_available():
     import interpreter  # noqa: F401
@@ -187,7 +187,7 @@ def test_forward_decodes_where_that_reads_less(monkeypatch):
     layer = make(1, 40, 50, 5, 3)
     expected = triton_decode.decode(*layer.arguments)
     assert torch.equal(triton_kan.forward(*layer.arguments), expected)
-    config = triton_kan.config("forward", 1, 40, 50, 8, torch.float32, False, True, 90)
+    config = triton_config.choose("forward", 1, 40, 50, 8, torch.float32, False, True, 90)
     assert error(triton_kan.forward(*layer.arguments, config=config), expected) < 1e-6
 
 
@@ -279,14 +279,14 @@ def test_every_candidate_configuration_computes_the_same():
     layer = make(130, 40, 140, 3, 1, gate=True, base=False, dtype=torch.float16)
     sizes = (130, 40, 140, 4, torch.float16, True, False, 90)
     y = triton_kan.forward(*layer.arguments)
-    for config in triton_kan.candidate_configs("forward", *sizes):
+    for config in triton_config.candidate_configs("forward", *sizes):
         assert error(triton_kan.forward(*layer.arguments, config=config), y) < 2e-3
     dx, dgate = triton_kan.backward_x(layer.dy, *layer.arguments)
-    for config in triton_kan.candidate_configs("backward_x", *sizes):
+    for config in triton_config.candidate_configs("backward_x", *sizes):
         for result, expected in zip(triton_kan.backward_x(layer.dy, *layer.arguments, config=config), (dx, dgate)):
             assert error(result, expected) < 2e-3
     dw, _ = triton_kan.backward_w(layer.dy, *layer.arguments, needs_base=False)
-    for config in triton_kan.candidate_configs("backward_w", *sizes):
+    for config in triton_config.candidate_configs("backward_w", *sizes):
         result, _ = triton_kan.backward_w(layer.dy, *layer.arguments, needs_base=False, config=config)
         assert error(result, dw) < 2e-3
 
@@ -313,9 +313,9 @@ def test_float32_products_follow_torch():
 
 
 def test_splits_fill_the_chip():
-    assert triton_kan.split_count(tiles=132 * 8, reduction=16384, sms=132) == 1
-    assert triton_kan.split_count(tiles=8, reduction=16384, sms=132) > 8
-    assert triton_kan.split_count(tiles=1, reduction=100, sms=132) == 1
+    assert triton_config.split_count(tiles=132 * 8, reduction=16384, sms=132) == 1
+    assert triton_config.split_count(tiles=8, reduction=16384, sms=132) > 8
+    assert triton_config.split_count(tiles=1, reduction=100, sms=132) == 1
 
 
 @pytest.mark.gpu

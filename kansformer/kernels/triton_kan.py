@@ -34,7 +34,6 @@ Accumulation is float32, products are in the weights' dtype (float32: tf32 or ex
 `torch.backends.cuda.matmul` says), splines are float32 throughout.
 """
 
-import dataclasses
 import functools
 
 import torch
@@ -50,6 +49,7 @@ from kansformer.kernels.triton_basis import (
     spline_derivative,
     tile_ids,
 )
+from kansformer.kernels.triton_config import Config, choose, split_count
 from kansformer.kernels.triton_decode import decode, sum_partials, use_decode
 
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
@@ -277,88 +277,6 @@ def _kan_bwd_w_kernel(
             tl.store(dbase_partial_ptr + split * I * O + first + offs, acc, mask=in_i & in_o)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sides of a tile, warps and pipeline stages of one launch."""
-
-    BLOCK_M: int
-    BLOCK_I: int
-    BLOCK_O: int
-    num_warps: int
-    num_stages: int
-    BLOCK_C: int = 1  # functions in a tile; only dx has more than one
-    GROUP: int = 8  # rows of tiles that programs in flight share
-
-
-# Bytes of partial sums cost as much as this many FLOPs: 790 bf16 TFLOP/s over 4300 GB/s (H200; benchmarks/roofline.py).
-FLOPS_PER_BYTE = 184
-
-
-def split_count(tiles: int, reduction: int, sms: int, least: int = 512) -> int:
-    """Programs that share one tile's reduction, so that the last wave of programs is not mostly empty.
-
-    Minimises waves of programs / splits, plus the price of writing and reading splits * 8 bytes an output against the
-    2 * reduction FLOPs that made it. A split keeps at least `least` terms.
-    """
-
-    def cost(splits: int) -> float:
-        waves = -(-tiles * splits // sms)
-        return waves / splits * sms / tiles + (splits > 1) * splits * 8 * FLOPS_PER_BYTE / (2 * reduction)
-
-    return min(range(1, max(1, min(32, reduction // least)) + 1), key=cost)
-
-
-def config(
-    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, based: bool, capability: int
-) -> Config:
-    """The configuration of "forward", "backward_x" or "backward_w".
-
-    Chosen by what the compiler made of it and not by a sweep: no spilled registers in any case of
-    tests/test_kernels.py, and on sm_90 products that stay in flight while the next splines are evaluated.
-    """
-    return candidate_configs(kernel, M, I, O, C, dtype, gated, based, capability)[0]
-
-
-def candidate_configs(
-    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, based: bool, capability: int
-) -> list[Config]:
-    """Configurations worth timing, the shipped one first."""
-    block_c = function_block(C)
-    if dtype == torch.float32:
-        tiles = {
-            "forward": [Config(64, 32, 32, 8, 2), Config(128, 32, 128, 8, 2)],
-            "backward_x": [
-                Config(64, 64 // block_c, 32, 8, 2, block_c),
-                Config(128, 128 // block_c, 32, 8, 2, block_c),
-            ],
-            "backward_w": [Config(32, 64, 64, 4, 2), Config(32, 128, 128, 8, 2)],
-        }
-        return tiles[kernel]
-    # Tiles 256 wide need the registers that warpgroup products leave free and the shared memory of a data-centre part.
-    wide = capability // 10 in (9, 10)
-    if kernel == "forward":
-        if M <= 64:
-            small = Config(16 if M <= 16 else 64, 32, 64, 4, 4)
-            return [small, dataclasses.replace(small, BLOCK_O=128), dataclasses.replace(small, num_stages=6)]
-        tiles = [Config(128, 32, 256, 8, 4), Config(128, 32, 256, 8, 3), Config(128, 32, 128, 8, 4)]
-        return tiles if wide and O > 128 else tiles[2:]
-    if kernel == "backward_x":
-        tiles = [Config(128, 128 // block_c, 32, 8, 3, block_c), Config(128, 256 // block_c, 64, 8, 3, block_c)]
-        # The epilogue's registers decide: these are the cases in which nothing spills.
-        fits = {8: not gated and (not based or dtype == torch.bfloat16), 4: gated and not based, 2: False}[block_c]
-        return tiles[::-1] if capability // 10 == 9 and fits else tiles
-    tiles = [Config(64, 128, 256, 8, 3), Config(64, 128, 128, 8, 3), Config(32, 128, 128, 8, 3)]
-    return tiles if wide and O > 128 else tiles[2:]
-
-
-def function_block(C: int) -> int:
-    """BLOCK_C of the dx kernel, which pads C to its multiple: the cheapest of 8, 4 and 2.
-
-    With 2, dx and dgate take as many registers as dPhi, so tiles are half as wide and move 4/3 of the bytes.
-    """
-    return min((8, 4, 2), key=lambda block: -(-C // block) * block * (4 / 3 if block == 2 else 1))
-
-
 @functools.cache
 def _device_properties(index: int | None) -> tuple[int, int]:
     """Compute capability as in 90, and the number of multiprocessors."""
@@ -413,12 +331,13 @@ def forward(
     M, I = x.shape
     O, C = spline_weight.shape[1], grid_size + spline_order
     if config is None and use_decode(M, I, O, C, spline_order):
-        return decode(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation)
+        _, sms = _device_properties(x.device.index)
+        return decode(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, sms=sms)
     y = spline_weight.new_empty(M, O)
     if y.numel() == 0 or I == 0:
         return y.zero_()
     capability, sms = _device_properties(x.device.index)
-    config = config or _choose(
+    config = config or choose(
         "forward", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability
     )
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(O, config.BLOCK_O)
@@ -486,7 +405,7 @@ def backward_x(
     if dx.numel() == 0 or O == 0:
         return dx.zero_(), None if gate is None else dgate.zero_()
     capability, _ = _device_properties(x.device.index)
-    config = config or _choose(
+    config = config or choose(
         "backward_x", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability
     )
     grid, weight, base = _ranges(grid), spline_weight.contiguous(), _contiguous(base_weight)
@@ -528,7 +447,7 @@ def backward_w(
             out.zero_()
         return dweight, dbase
     capability, sms = _device_properties(x.device.index)
-    config = config or _choose("backward_w", M, I, O, C, dtype, gate is not None, needs_base, capability)
+    config = config or choose("backward_w", M, I, O, C, dtype, gate is not None, needs_base, capability)
     functions = C * needs_weight + needs_base
     programs = functions * triton.cdiv(I, config.BLOCK_I) * triton.cdiv(O, config.BLOCK_O)
     per_split = _round_up(triton.cdiv(M, split_count(programs, M, sms)), config.BLOCK_M)
@@ -553,7 +472,6 @@ def backward_w(
 
 
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_choose = config  # the launchers have an argument of this name
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
