@@ -116,6 +116,7 @@ def decode(
             M, I, O, per_split, *x.stride(), *gate_or_x.stride(), 0 if grid.dim() == 1 else 2,
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             HAS_BASE=base_weight is not None, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, num_warps=num_warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return sum_partials(partial, y) if splits > 1 else y
 
@@ -134,5 +135,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """out = partial.sum(0) for a float32 partial (splits, *out.shape), in the order of the splits."""
     BLOCK = 512
     with torch.cuda.device_of(out):
-        _sum_kernel[(triton.cdiv(out.numel(), BLOCK),)](out, partial, out.numel(), len(partial), BLOCK=BLOCK)
+        _sum_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+            out, partial, out.numel(), len(partial), BLOCK=BLOCK, enable_fp_fusion=True
+        )
     return out

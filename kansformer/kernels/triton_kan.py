@@ -94,7 +94,7 @@ def _kan_fwd_kernel(
         i0 = step // C * BLOCK_I
         in_i = i0 + offs_i < share
         # Masked off but for c = 0, and outside the branch: so the pipeline carries them, and they cost no bandwidth.
-        fresh = in_i & (c == 0)
+        fresh = in_i & (tl.zeros((BLOCK_I,), tl.int32) == c)
         in_x = in_m & fresh[None, :]
         x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi + x_offs, mask=in_x, other=0.0)
         if HAS_GATE:
@@ -354,7 +354,7 @@ def forward(
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             HAS_BASE=base is not None, PRECISION=precision(weight.dtype), BLOCK_M=config.BLOCK_M,
             BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return sum_partials(partial, y) if splits > 1 else y
 
@@ -416,7 +416,7 @@ def backward_x(
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             HAS_BASE=base is not None, PRECISION=precision(weight.dtype), BLOCK_M=config.BLOCK_M,
             BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, BLOCK_C=config.BLOCK_C, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, dgate
 
@@ -464,7 +464,7 @@ def backward_w(
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             PRECISION=precision(dtype), DOT_DTYPE=TRITON_DTYPE[dtype], BLOCK_M=config.BLOCK_M,
             BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     for out, partial in zip(outputs, partials):
         sum_partials(partial, out)
