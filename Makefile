@@ -6,7 +6,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 
 .PHONY: demo test lint versions bench clean
 
-demo: $(VENV)/.installed versions
+demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
 test: $(VENV)/.installed versions lint
@@ -24,11 +24,14 @@ versions: $(VENV)/.installed
 	device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU ({torch.get_num_threads()} threads)'; \
 	print(f'Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, {device}')"
 
-# torch comes first and alone: a machine's own build satisfies the constraint, and nothing after it pulls another.
+# torch comes first and alone: a machine's own build satisfies the constraint, and nothing after it pulls another. A CUDA
+# build brings its triton; beside a CPU build the kernels are interpreted and compiled with the version tested most.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt torch
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install $(PIP_FLAGS) triton==3.6.0 \
+	|| echo "triton is not to be had here: tests of the kernels will be skipped"
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
 	@touch $@
 

@@ -279,6 +279,25 @@ def test_choice_of_backend(monkeypatch):
     assert choose_backend(x, weight, spline_order=3, backend="torch") == "torch"  # the argument wins
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_triton_backend_through_the_operator(rows):
+    """The same operator on the kernels (interpreted without a GPU): forward, all gradients, and the second ones."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        import interpreter  # noqa: F401
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    t = tensors(rows, 3, gated=True, dtype=torch.float32)
+    t = {name: tensor.detach().to(device).requires_grad_(tensor.requires_grad) for name, tensor in t.items()}
+    y, twin = layer(t, 3, backend="triton"), layer(t, 3, backend="torch")
+    assert_close(y, twin, 1e-5)
+    cotangent = torch.randn_like(y)
+    expected = gradients(twin, t, cotangent)
+    for name, gradient in gradients(layer(t, 3, backend="triton"), t, cotangent).items():
+        assert_close(gradient, expected[name], 1e-5, name)
+    (slope,) = torch.autograd.grad(y, t["x"], cotangent, create_graph=True)
+    assert_close(torch.autograd.grad(slope.sum(), t["x"])[0].isfinite().float(), torch.ones(rows, I, device=device), 0)
+
+
 def test_triton_says_why_it_cannot_run():
     program = (
         "import torch; from kansformer.functional import choose_backend;"
