@@ -231,16 +231,14 @@ def _differentiable_backward(
 ) -> tuple[Tensor, ...]:
     """The same gradients through plain torch operations, for derivatives of any order."""
     phi = splines.basis(x, grid, grid_size, spline_order)
-    y = _edge_product(phi if gate is None else phi * gate.unsqueeze(-1), spline_weight)
+    if gate is not None:
+        phi = phi * gate.unsqueeze(-1)
+    y = phi.flatten(-2).to(spline_weight.dtype) @ spline_weight
     if base_weight is not None:
         a = torch_kan.activation(x, base_activation)
         y = y + F.linear((a if gate is None else a * gate).to(base_weight.dtype), base_weight)
     primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
     return torch.autograd.grad(y, primals, dy, create_graph=True)
-
-
-def _edge_product(phi: Tensor, spline_weight: Tensor) -> Tensor:
-    return phi.flatten(-2).to(spline_weight.dtype) @ spline_weight
 
 
 @register_flop_formula(torch.ops.kansformer.kan_linear)

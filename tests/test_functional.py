@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from numerics import assert_close, assert_twice
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from kansformer import splines
@@ -209,6 +211,22 @@ def test_compile_does_not_recompile_for_a_new_length():
         y.sum().backward()
         assert x.grad is not None
     assert counter.frame_count == 1
+
+
+def test_compiled_backward_is_one_operator():
+    """Tracing must not take the differentiable backward, which writes Phi down."""
+    graphs = []
+
+    def record(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    t = tensors(9, 3)
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    torch.compile(lambda x: layer(t | {"x": x}, 3), backend=backend, fullgraph=True)(t["x"]).sum().backward()
+    forward, backward = ([name for name in graph if "kansformer" in name or "mm" in name] for graph in graphs)
+    assert forward == ["kansformer.kan_linear.default"]
+    assert backward == ["kansformer.kan_linear_backward.default"]
 
 
 def test_autocast():
