@@ -389,7 +389,8 @@ def test_compiles_ahead_of_time(capability, tmp_path):
     check_compiled(capability, compiled(capability, cases, tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_every_configuration_compiles_ahead_of_time(capability, tmp_path):
     for dtype in ("bfloat16", "float16", "float32"):
