@@ -55,24 +55,29 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output_dir
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
+    header = (
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"kansformer {kansformer.__version__}; device: {device}",
-        flush=True,
+        f"kansformer {kansformer.__version__} at commit {commit()}; device: {device}"
     )
+    print(header, flush=True)
     started = time.perf_counter()
     for name in MODELS:
         train(name, output, arguments.steps)
     plt.rcParams.update(STYLE)
     pictures = [draw_losses(output), draw_edges(output)]
     results = {name: json.loads((output / name / "results.json").read_text()) for name in MODELS}
-    (output / "table.json").write_text(json.dumps(results, indent=1))
-    (output / "table.md").write_text(table(results))
+    (output / "table.json").write_text(json.dumps({"environment": header} | results, indent=1) + "\n")
+    (output / "table.md").write_text(f"{header}\n\n{table(results)}")
     for name in MODELS:
         print(f"\n--- a sample of {name} ---\n{sample(output / name / 'model')}")
     print(f"\n{table(results)}\n{time.perf_counter() - started:.0f} seconds in all.\n")
     print(f"table: {output / 'table.md'} and table.json\nloss curves: {pictures[0]}\nedge functions: {pictures[1]}")
     print("models: " + ", ".join(str(output / name / "model") for name in MODELS))
+
+
+def commit() -> str:
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else "unknown"
 
 
 def train(name: str, output: Path, steps: int | None) -> None:
