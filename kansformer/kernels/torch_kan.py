@@ -18,7 +18,7 @@ from kansformer import splines
 
 # Size of a chunk of Phi. CPU: it has to stay in the last cache together with a few tensors of half its size, and every
 # further chunk costs some forty operations on all threads. Elsewhere launches cost more than cache misses.
-CPU_CHUNK_BYTES = 2 * 2**20
+CPU_CHUNK_BYTES = 8 * 2**20
 CHUNK_BYTES = 256 * 2**20
 
 
