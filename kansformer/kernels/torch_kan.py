@@ -109,8 +109,8 @@ def use_decode(rows: int, count: int, spline_order: int, device_type: str) -> bo
     return device_type == "cpu" and 0 < rows * (spline_order + 1) <= count * DECODE_RATIO
 
 
-# Live rows read (rows * (k + 1)) over all rows (C) up to which they beat the dense product on CPU: 0.69 to 0.86 of its time
-# there, 0.89 to 1.32 at twice that (benchmarks/bench_decode.py, d = 2048, k = 1 and 3, C = 4 to 16).
+# Live rows read (rows * (k + 1)) over all rows (C) up to which they beat the dense product on CPU: 0.67 to 0.86 of its
+# time there, 0.89 to 1.32 at twice that (benchmarks/bench_decode.py, d = 2048, k = 1 and 3, C = 4 to 16).
 DECODE_RATIO = 4.0
 
 

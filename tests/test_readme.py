@@ -1,0 +1,55 @@
+"""What the README shows is run as it stands; only the number of training steps is lowered."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A clone's folders, with room for what the commands write."""
+    path = tmp_path_factory.mktemp("readme")
+    for name in ("train", "configs", "benchmarks"):
+        (path / name).symlink_to(ROOT / name)
+    return path
+
+
+@pytest.mark.slow
+def test_commands_and_code(folder):
+    python_blocks, (commands,) = code("python"), code("bash")
+    model, layer, load = python_blocks
+    run(["-c", model.replace("range(50)", "range(2)")], folder)
+    run(["-c", layer], folder)
+    for line in commands.strip().splitlines():
+        words = shlex.split(re.sub(r"--steps \d+", "--steps 2 --warmup_steps 1 --val_fraction 0.01", line))
+        program = ["-m", "torch.distributed.run", "--standalone"] if words[0] == "torchrun" else []
+        assert words[0] in ("python", "torchrun"), line
+        run(program + words[1:], folder)
+    assert "ROMEO:" in run(["-c", load], folder)
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_no_number_is_left_open():
+    assert "@@" not in README
