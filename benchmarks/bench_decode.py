@@ -40,7 +40,7 @@ from kansformer.kernels import torch_kan
 from kansformer.layers import KANLinear
 
 GROWTH = (8, 16, 32, 64)
-PAIRS = {"tiny": "tiny", "125m": "125m", "350m": "350m", "1b": "1b"}
+SIZES = ("tiny", "125m", "350m", "1b")
 CUBIC_16 = {"kan k=3 C=16": ("kan", {"grid_size": 13, "spline_order": 3, "base_activation": "silu"})}
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--hidden_size", type=int, default=2048, help="width of the blocks")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--models", nargs="*", choices=list(PAIRS), default=["tiny", "125m", "350m"])
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=["tiny", "125m", "350m"])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for decode_<device>.{json,md,png}")
     args = parser.parse_args()
@@ -182,7 +182,7 @@ def models(pair: str, device: str, dtype: torch.dtype, rounds: int, context: int
     """A KAN and a SwiGLU model of equal parameters: a token behind `context` others, and a prefill of 512."""
     built = {}
     for kind in ("swiglu", "kan_gated"):
-        [path] = ROOT.glob(f"configs/models/*{PAIRS[pair]}_{kind}.json")
+        [path] = ROOT.glob(f"configs/models/*{pair}_{kind}.json")
         with default_dtype(dtype):
             built[kind] = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(device).eval()
     config = built["swiglu"].config

@@ -93,7 +93,7 @@ def choose_backend(
     """The backend, "torch" or "triton", that `kan_linear` takes for these tensors.
 
     "auto" defers to the environment variable KANSFORMER_BACKEND, and without it takes triton for CUDA tensors where the
-    kernels support the case, torch otherwise. The first choice of each kind is logged (logger "kansformer.functional").
+    kernels support the case, torch otherwise. That CUDA tensors go to torch is logged, once for each reason.
 
     Raises:
         ValueError: if the name is not known.

@@ -42,8 +42,9 @@ def forward(
         return y.add_(_decode(x, gate, spline_weight, grid, grid_size, spline_order))
     phi = None
     for rows in _chunks(x, spline_weight):
+        phi = _buffer(phi, len(x[rows]), spline_weight)
         columns, values, _ = _live(x[rows], grid, grid_size, spline_order)
-        phi = _scatter(columns, values, None if gate is None else gate[rows], spline_weight, phi)
+        _scatter(columns, values, None if gate is None else gate[rows], phi)
         y[rows].addmm_(phi, spline_weight)
     return y
 
@@ -73,9 +74,9 @@ def backward(
     for rows in _chunks(x, spline_weight):
         dy_rows, x_rows, gate_rows = dy[rows], x[rows], None if gate is None else gate[rows]
         columns, values, slopes = _live(x_rows, grid, grid_size, spline_order, slopes=need_x)
-        if need_spline or buffer is None or len(buffer) != len(x_rows):
-            buffer = _scatter(columns, values, gate_rows, spline_weight, buffer)
+        buffer = _buffer(buffer, len(x_rows), spline_weight)
         if need_spline:
+            _scatter(columns, values, gate_rows, buffer)
             _add_product(dspline, buffer.mT, dy_rows)
         if need_base:
             _add_product(dbase, dy_rows.mT, _base_input(x_rows, gate_rows, base_activation, dtype))
@@ -219,12 +220,15 @@ def _cardinal(s: Tensor, spline_order: int, slope: bool) -> tuple[Tensor, Tensor
     return value, m2.mul_(1 / 2).sub_(n2, alpha=2).copysign_(s).neg_() if slope else None
 
 
-def _scatter(columns: Tensor, values: Tensor, gate: Tensor | None, weight: Tensor, phi: Tensor | None) -> Tensor:
-    """Phi (rows, I*C) in the weights' dtype, into the buffer `phi` where its size fits."""
-    if phi is None or len(phi) != len(columns):
-        phi = weight.new_empty(len(columns), weight.shape[0])
+def _buffer(last: Tensor | None, rows: int, weight: Tensor) -> Tensor:
+    """Uninitialised (rows, I*C) in the weights' dtype: the last chunk's where it has the size."""
+    return last if last is not None and len(last) == rows else weight.new_empty(rows, weight.shape[0])
+
+
+def _scatter(columns: Tensor, values: Tensor, gate: Tensor | None, phi: Tensor) -> None:
+    """Write Phi (rows, I*C) into `phi`."""
     values = values if gate is None else values * gate.unsqueeze(1)
-    return phi.zero_().scatter_(1, columns.flatten(1), values.to(weight.dtype).flatten(1))
+    phi.zero_().scatter_(1, columns.flatten(1), values.to(phi.dtype).flatten(1))
 
 
 def _decode(x: Tensor, gate: Tensor | None, weight: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> Tensor:
