@@ -19,7 +19,7 @@ from data import byte_tokenizer  # noqa: E402
 from settings import Settings  # noqa: E402
 
 # Pair and the size its name promises, in millions of parameters.
-PAIRS = {"tiny": 0.82, "small_30m": 30, "125m": 125, "350m": 350, "1b": 1000}
+PAIRS = {"tiny": 0.82, "small_5m": 5, "small_30m": 30, "125m": 125, "350m": 350, "1b": 1000}
 
 
 def counts(name: str) -> tuple[dict[str, int], dict]:
