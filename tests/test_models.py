@@ -865,7 +865,7 @@ def test_config_round_trip(tmp_path):
 IMPOSSIBLE = {
     "vocab_size": [0, -64],
     "hidden_size": [0, -96, 97],
-    "intermediate_size": [0, -8],
+    "intermediate_size": [0, -8, [64, 0], [64], []],
     "match_ffn": ["parameters"],
     "match_reference": ["kan"],
     "match_reference_size": [0],
@@ -927,7 +927,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 FIELDS = {
     "vocab_size": ({}, [192]),
     "hidden_size": ({}, [192]),
-    "intermediate_size": ({}, [64]),
+    "intermediate_size": ({}, [64, [64, 80]]),
     "match_ffn": ({"spline_order": 3, "match_reference_size": 512}, ["flops"]),
     "match_reference": ({"match_reference_size": 256}, ["mlp"]),
     "match_reference_size": ({}, [512]),

@@ -37,8 +37,9 @@ class KansformerConfig(PreTrainedConfig):
         vocab_size: number of tokens. Keep it a multiple of 64: tied embeddings whose rows do not divide over the
             shards train wrong under FSDP2, and the model refuses to.
         hidden_size: width of the residual stream.
-        intermediate_size: width of the feed-forward block. None: chosen by `match_ffn`. The chosen size is written
-            back, so a saved configuration is explicit; an explicit size always wins over `match_ffn`.
+        intermediate_size: width of the feed-forward block, or a list of one width a layer (`kansformer.prune` makes
+            such models). None: chosen by `match_ffn`. The chosen size is written back, so a saved configuration is
+            explicit; an explicit size always wins over `match_ffn`.
         match_ffn: "params" or "flops": what to keep equal to the reference block when `intermediate_size` is None.
         match_reference: the reference block, "swiglu" or "mlp".
         match_reference_size: its width. None: 8/3 * hidden_size for "swiglu", 4 * hidden_size for "mlp".
@@ -88,7 +89,7 @@ class KansformerConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 768
-    intermediate_size: int | None = None
+    intermediate_size: int | list[int] | None = None
     match_ffn: str | None = "params"
     match_reference: str = "swiglu"
     match_reference_size: int | None = None
@@ -138,6 +139,12 @@ class KansformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def intermediate_sizes(self) -> list[int]:
+        """The width of the feed-forward block of every layer."""
+        size = self.intermediate_size
+        return size if isinstance(size, list) else [size] * self.num_hidden_layers
+
+    @property
     def ffn_options(self) -> dict[str, Any]:
         """The keyword options of `kansformer.layers.feed_forward` for this `ffn_type`."""
         options = {field: getattr(self, field) for field in _FFN_FIELDS[self.ffn_type]}
@@ -163,7 +170,14 @@ class KansformerConfig(PreTrainedConfig):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
         for field in ("intermediate_size", "match_reference_size", "head_dim"):
             value = getattr(self, field)
-            _require(value is None or value >= 1, field, value, "must be at least 1, or None to have it chosen")
+            smallest = min(value, default=0) if isinstance(value, list) else value
+            _require(value is None or smallest >= 1, field, value, "must be at least 1, or None to have it chosen")
+        _require(
+            not isinstance(self.intermediate_size, list) or len(self.intermediate_size) == self.num_hidden_layers,
+            "intermediate_size",
+            self.intermediate_size,
+            f"a list must have one width for each of num_hidden_layers={self.num_hidden_layers}",
+        )
 
         heads = self.num_attention_heads
         _require(

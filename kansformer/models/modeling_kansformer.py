@@ -77,7 +77,7 @@ class KansformerDecoderLayer(GradientCheckpointingLayer):
         self.mlp = feed_forward(
             config.ffn_type,
             config.hidden_size,
-            config.intermediate_size,
+            config.intermediate_sizes[layer_idx],
             init_gain=residual_init_gain(config),
             **config.ffn_options,
         )
