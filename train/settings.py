@@ -37,6 +37,8 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float | None = 1.0
+    grid_update_steps: list = field(default_factory=list)  # [100, 200]: before these steps, fit the grids to the inputs
+    grid_update_spread: float = 4.0  # standard deviations a grid then reaches on either side of its input's mean
     seed: int = 0
     # on what
     device: str = "auto"  # auto: a GPU where there is one; cpu
@@ -50,7 +52,13 @@ class Settings:
     log_every: int = 10
     eval_every: int = 250
     save_every: int = 500
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_best: bool = True  # and the one of the lowest validation loss: an evaluation that finds it saves it
+    final_model: str = "last"  # what model/ holds: last, or best (by validation loss; needs keep_best)
+    tracker: str | None = None  # an accelerate tracker beside metrics.jsonl, such as tensorboard
+    spike_window: int = 100  # a loss spike is measured against so many steps before it
+    spike_threshold: float | None = 10.0  # warn of a loss so many robust standard deviations above their median
+    out_of_grid_threshold: float | None = 0.25  # warn of a layer with a greater share of its inputs outside its grid
     resume: str = "auto"  # auto: go on from the newest whole checkpoint of output_dir; none: refuse a used output_dir
     max_minutes: float | None = None  # then save and stop, as on SIGTERM
 
@@ -58,16 +66,14 @@ class Settings:
         for name, kind in typing.get_type_hints(type(self)).items():
             setattr(self, name, _typed(name, getattr(self, name), kind))
         for name in (
-            "steps",
-            "batch_size",
-            "sequence_length",
-            "learning_rate",
-            "log_every",
-            "eval_every",
-            "save_every",
+            *("steps", "batch_size", "sequence_length", "learning_rate", "log_every", "eval_every", "save_every"),
+            *("grid_update_spread", "spike_window"),
         ):
             _check(name, getattr(self, name), getattr(self, name) > 0, "must be positive")
-        for name in ("micro_batch_size", "max_grad_norm", "processes", "max_minutes", "keep_checkpoints"):
+        for name in (
+            *("micro_batch_size", "max_grad_norm", "processes", "max_minutes", "keep_checkpoints"),
+            *("spike_threshold", "out_of_grid_threshold"),
+        ):
             value = getattr(self, name)
             _check(name, value, value is None or value > 0, "must be positive, or null for none")
         for name in ("warmup_steps", "weight_decay", "spline_weight_decay", "spline_lr_ratio", "seed"):
@@ -76,16 +82,27 @@ class Settings:
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]")
         _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "must lie strictly between 0 and 1")
-        choices = {"val_split": ("tail", "document"), "device": ("auto", "cpu"), "precision": ("no", "bf16")}
+        valid = all(type(step) is int and step >= 0 for step in self.grid_update_steps)
+        _check("grid_update_steps", self.grid_update_steps, valid, "must be a list of steps, such as [100, 200]")
+        if self.precision == "fp16":
+            raise ValueError(
+                "precision fp16 is not supported: its loss scale overflows now and then and skips those steps, while "
+                "here a non-finite gradient stops the run; use bf16, which needs no scale, or no"
+            )
+        choices = {
+            **{"val_split": ("tail", "document"), "device": ("auto", "cpu"), "precision": ("no", "bf16")},
+            **{"final_model": ("last", "best"), "resume": ("auto", "none")},
+        }
         for name, allowed in choices.items():
             _check(name, getattr(self, name), getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
-        _check("resume", self.resume, self.resume in ("auto", "none"), "must be auto or none")
+        _check("final_model", self.final_model, self.final_model == "last" or self.keep_best, "needs keep_best: true")
 
 
 # Keys that change neither the weights nor the text: they may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {
     *("micro_batch_size", "device", "processes", "compile", "gradient_checkpointing", "output_dir", "cache_dir"),
-    *("log_every", "eval_every", "save_every", "keep_checkpoints", "resume", "max_minutes"),
+    *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best", "final_model", "resume", "max_minutes"),
+    *("tracker", "spike_window", "spike_threshold", "out_of_grid_threshold"),
 }
 
 

@@ -314,6 +314,8 @@ def check_resume(resume: str, identity: dict, saved: dict, folder: Path) -> None
     if resume == "none":
         raise ValueError(f"{folder} is there and resume is none: choose another output_dir, or --resume auto")
     identity = json.loads(json.dumps(identity))  # tuples are lists there
+    # A key younger than the checkpoint had its default's effect
+    saved = json.loads(json.dumps(dataclasses.asdict(Settings()))) | saved
     other = [
         f"{key}: {saved.get(key)!r} -> {identity.get(key)!r}"
         for key in sorted(saved.keys() | identity.keys())
