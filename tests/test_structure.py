@@ -15,6 +15,7 @@ ALLOWED = {
     "kansformer.kernels": {"kansformer.splines"},
     "kansformer.functional": {"kansformer.splines", "kansformer.kernels"},
     "kansformer.layers": {"kansformer.splines", "kansformer.kernels", "kansformer.functional"},
+    "kansformer.kan": {"kansformer.splines", "kansformer.kernels", "kansformer.functional", "kansformer.layers"},
     "kansformer.models": {"kansformer.splines", "kansformer.functional", "kansformer.layers"},
 }
 
