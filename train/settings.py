@@ -20,8 +20,9 @@ class Settings:
     model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.ffn_type swiglu
     data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
     text_column: str = "text"  # the text's field in .jsonl files and hub datasets
-    tokenizer: str = "byte"  # or a tokenizer folder or name
-    val_split: str = "tail"  # tail: the end of the text; document: whole documents, by hash
+    max_documents: int | None = None  # read at most so many
+    tokenizer: str = "byte"  # or bpe:SIZE, trained on the training text, or a tokenizer folder or name
+    val_split: str = "tail"  # tail: the end of the text; document: whole documents, by hash; file: files named valid.*
     val_fraction: float = 0.1
     sequence_length: int = 256
     # how
@@ -49,6 +50,7 @@ class Settings:
     # what is written
     output_dir: str = "runs/train"
     cache_dir: str = "runs/cache"  # token files, shared between runs
+    verify_data: bool = True  # compare the token files' digests at the start: about a second a GB
     log_every: int = 10
     eval_every: int = 250
     save_every: int = 500
@@ -90,7 +92,7 @@ class Settings:
                 "here a non-finite gradient stops the run; use bf16, which needs no scale, or no"
             )
         choices = {
-            **{"val_split": ("tail", "document"), "device": ("auto", "cpu"), "precision": ("no", "bf16")},
+            **{"val_split": ("tail", "document", "file"), "device": ("auto", "cpu"), "precision": ("no", "bf16")},
             **{"final_model": ("last", "best"), "resume": ("auto", "none")},
         }
         for name, allowed in choices.items():

@@ -67,21 +67,17 @@ def main(arguments: list[str]) -> dict:
     micro_batch, accumulation = batch_split(settings, world)
 
     # Text
-    tokenizer = load_tokenizer(settings.tokenizer, settings.sequence_length)
+    corpus = Corpus(
+        settings.data, settings.text_column, settings.val_split, settings.val_fraction, settings.max_documents
+    )
+    tokenizer = load_tokenizer(settings.tokenizer, settings.sequence_length, corpus, settings.cache_dir, progress=True)
     config = settings_module.model_config(settings, tokenizer)
-    with accelerator.local_main_process_first():
-        train_file, val_file = prepare(
-            Corpus(settings.data, settings.text_column),
-            tokenizer,
-            settings.cache_dir,
-            split=settings.val_split,
-            fraction=settings.val_fraction,
-            progress=main_process,
-        )
+    verify = settings.verify_data and accelerator.is_local_main_process
+    train_file, val_file = prepare(corpus, tokenizer, settings.cache_dir, verify=verify, progress=True)
     train = Batches(train_file, settings.sequence_length, settings.batch_size, settings.seed)
     validation = Batches(val_file, settings.sequence_length, settings.batch_size)
     # What must be the same in a run that goes on: settings, model and text
-    identity = dataclasses.asdict(settings) | {"tokens": train_file.path.parent.name}
+    identity = dataclasses.asdict(settings) | {"tokens": train_file.folder.name}
     identity |= {f"model.{key}": value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
 
     # Model and optimizer, from the newest checkpoint or from the seed
