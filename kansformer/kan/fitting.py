@@ -1,11 +1,11 @@
 """Data, the fit, and its history.
 
-    loss = mean (f(x) - y)^2 + lamb * sum_l ( lamb_l1 * |Phi_l|_1 + lamb_entropy * S(Phi_l) + lamb_coef * ... )
+    mean (f(x) - y)^2 + lamb * sum_l ( lamb_l1 * |Phi_l|_1 + lamb_entropy * S(Phi_l) )
 
-    |phi|_1 = mean_n |phi(x_n)|,    |Phi|_1 = sum_edges |phi|_1,    S(Phi) = - sum_edges p log p,    p = |phi|_1 / |Phi|_1
+    |phi|_1 = mean_n |phi(x_n)|,   |Phi|_1 = sum_edges |phi|_1,   S(Phi) = - sum_edges p log p,   p = |phi|_1 / |Phi|_1
 
 (Liu et al. 2024, arXiv:2404.19756, eq. 2.17 to 2.20). Grids follow the samples in the first steps; they are uniform,
-one range for each input, so the paper's quantile-adaptive knots (its appendix on `grid_eps`) do not exist here.
+one range for each input: knots at the quantiles of the samples, as the paper's code has them, do not exist here.
 """
 
 import math
@@ -164,6 +164,7 @@ def fit(
             good = _lbfgs(run, stop - start) if optimizer == "lbfgs" else _adam(run, stop - start, lr, batch_size, seed)
             if not good:
                 break
+    model.samples = data.train_input
     if data.test_input is not None:
         warn_outside(model, data.test_input, "test rows")
     return run.history

@@ -8,6 +8,8 @@ networks pay for operations, not for arithmetic, so a layer whose basis is small
 never does; edges are a batched product, no loop over in x out exists.
 """
 
+import copy
+import os
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kansformer.functional import kan_linear
-from kansformer.kan import fitting
+from kansformer.kan import fitting, pruning, storage
 from kansformer.kernels import torch_kan
 from kansformer.layers import KANLinear
 
@@ -123,6 +125,12 @@ class KAN(nn.Module):
         dtype: torch.float32, or torch.float64 for errors below about 1e-5.
         device: of the parameters.
 
+    Attributes:
+        width: [sums, products] of each layer.
+        layers: ModuleList of KANLayer.
+        inputs: the columns of the first network that this one takes; `prune(prune_input=True)` shortens it.
+        samples: (N, n_in) inputs of the last `fit`, what pruning, plots and formulas look at; None before, never saved.
+
     Raises:
         ValueError, TypeError: for a width or an option that makes no network, naming it.
     """
@@ -146,6 +154,8 @@ class KAN(nn.Module):
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
         options = {"spline_order": spline_order, "grid_range": grid_range, "base_activation": base_activation}
+        self.inputs = list(range(self.width[0][0]))
+        self.samples: Tensor | None = None
         self.layers = nn.ModuleList()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -190,6 +200,15 @@ class KAN(nn.Module):
 
     fit = fitting.fit
     evaluate = fitting.evaluate
+    importance = pruning.importance
+    prune = pruning.prune
+    save = storage.save
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, device: torch.device | str | None = None) -> "KAN":
+        return storage.load(cls, folder, device)
+
+    load.__func__.__doc__ = storage.load.__doc__
 
     @torch.no_grad()
     def update_grid(self, x: Tensor) -> None:
@@ -211,10 +230,26 @@ class KAN(nn.Module):
         return finer
 
     def copy(self) -> "KAN":
-        """A network of its own with the same parameters."""
-        import copy
-
+        """A network of its own with the same parameters, grids and masks."""
         return copy.deepcopy(self)
+
+    def config(self) -> dict[str, object]:
+        """The arguments that make a network of this shape."""
+        first = self.layers[0].linear
+        return {
+            "width": self.width,
+            "grid_size": [layer.linear.grid_size for layer in self.layers],
+            "spline_order": first.spline_order,
+            "grid_range": list(first.grid_range),
+            "base_activation": first.base_activation,
+            "dtype": self.dtype,
+        }
+
+    def samples_or(self, x: Tensor | None) -> Tensor:
+        """x, or where it is None the inputs of the last `fit`, in the network's dtype."""
+        if x is None and self.samples is None:
+            raise ValueError("this network has not been fitted since it was made or loaded: pass samples x (N, n_in)")
+        return self._input(self.samples if x is None else x)
 
     def _input(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != self.in_features:
