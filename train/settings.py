@@ -73,7 +73,7 @@ class Settings:
         ):
             _check(name, getattr(self, name), getattr(self, name) > 0, "must be positive")
         for name in (
-            *("micro_batch_size", "max_grad_norm", "processes", "max_minutes", "keep_checkpoints"),
+            *("micro_batch_size", "max_documents", "max_grad_norm", "processes", "max_minutes", "keep_checkpoints"),
             *("spike_threshold", "out_of_grid_threshold"),
         ):
             value = getattr(self, name)
@@ -103,6 +103,7 @@ class Settings:
 # Keys that change neither the weights nor the text: they may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {
     *("micro_batch_size", "device", "processes", "compile", "gradient_checkpointing", "output_dir", "cache_dir"),
+    "verify_data",
     *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best", "final_model", "resume", "max_minutes"),
     *("tracker", "spike_window", "spike_threshold", "out_of_grid_threshold"),
 }
