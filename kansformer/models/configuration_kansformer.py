@@ -50,6 +50,12 @@ class KansformerConfig(PreTrainedConfig):
         rms_norm_eps: added to the mean square in every RMSNorm.
         rope_parameters: as in transformers; None: theta 10000.
         attention_bias, attention_dropout: as in Llama.
+        attention_output_bias: a bias on the attention's output projection. None: the same as `attention_bias` (Qwen2
+            has biases on queries, keys and values alone).
+        qk_norm: an RMSNorm on every query and key head before it is rotated, as in Qwen3.
+        sliding_window: tokens that a sliding layer sees, its own included. None: no layer slides.
+        layer_types: "full_attention" or "sliding_attention" for every layer. None: all slide if there is a window.
+        no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions, 0 for one without. None: all have them.
         tie_word_embeddings: use the embedding matrix as the output head.
         pad_token_id, bos_token_id, eos_token_id: token ids, None where the tokenizer has none.
         use_cache: return the key-value cache.
@@ -101,7 +107,12 @@ class KansformerConfig(PreTrainedConfig):
     rms_norm_eps: float | int = 1e-6
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -120,6 +131,11 @@ class KansformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.layer_types is None:
+            attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [attention] * self.num_hidden_layers
         self.grid_range = tuple(float(bound) for bound in self.grid_range)
         # Before anything is derived from the fields, and as plain ValueErrors: @strict wraps those it raises itself.
         self.validate_architecture()
@@ -157,6 +173,8 @@ class KansformerConfig(PreTrainedConfig):
         """
         plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
         plan["layers.*.self_attn.o_proj"] = "rowwise"
+        if self.qk_norm:  # whole on every rank, each seeing its own heads
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if self.ffn_type == "mlp" or (self.ffn_type == "swiglu" and not self.gate_norm):
             projections = ("gate_proj", "up_proj") if self.ffn_type == "swiglu" else ("up_proj",)
             plan |= {f"layers.*.mlp.{name}": "colwise" for name in projections}
@@ -178,6 +196,15 @@ class KansformerConfig(PreTrainedConfig):
             self.intermediate_size,
             f"a list must have one width for each of num_hidden_layers={self.num_hidden_layers}",
         )
+
+        layers, window = self.num_hidden_layers, self.sliding_window
+        _require(window is None or window >= 1, "sliding_window", window, "must be at least 1, or None for no window")
+        kinds = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
+        for field, allowed in (("layer_types", kinds), ("no_rope_layers", {0, 1})):
+            value = getattr(self, field)
+            known = value is None or (len(value) == layers and set(value) <= allowed)
+            rule = f"must hold one of {sorted(allowed)} for each of the {layers} layers (sliding_window={window})"
+            _require(known, field, value, rule)
 
         heads = self.num_attention_heads
         _require(

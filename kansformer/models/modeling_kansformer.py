@@ -1,7 +1,8 @@
 """The Kansformer: a Llama-family decoder whose feed-forward block is one of `kansformer.layers`.
 
-Attention, RMSNorm and rotary embedding are Llama's own (Touvron et al. 2023, arXiv:2302.13971), so that models
-that differ in `ffn_type` differ in nothing else. A decoder layer is
+Attention, RMSNorm and rotary embedding are those of Llama (Touvron et al. 2023, arXiv:2302.13971) and, where the
+configuration asks for it, of its relatives Mistral, Qwen and SmolLM, so that models that differ in `ffn_type` differ in
+nothing else. A decoder layer is
 
     x = x + attention(norm(x))
     x = x + mlp(norm(x))
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -28,7 +29,8 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -37,6 +39,8 @@ from transformers.utils.output_capturing import capture_outputs
 from kansformer.layers import KANLinear, feed_forward
 
 from .configuration_kansformer import KansformerConfig
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 class KansformerRMSNorm(LlamaRMSNorm):
@@ -58,11 +62,19 @@ class KansformerRotaryEmbedding(LlamaRotaryEmbedding):
         return self
 
 
-class KansformerAttention(LlamaAttention):
-    """Causal grouped-query attention (arXiv:2305.13245) with rotary positions. Returns (output, weights or None)."""
+class KansformerAttention(Qwen3Attention):
+    """Causal grouped-query attention (arXiv:2305.13245) with rotary positions. Returns (output, weights or None).
+
+    Qwen3's is Llama's with a norm on queries and keys and a window on some layers; without both it is Llama's.
+    """
 
     def __init__(self, config: KansformerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        if not config.qk_norm:
+            self.q_norm = self.k_norm = nn.Identity()
+        if config.attention_output_bias != config.attention_bias:
+            shape = self.o_proj.in_features, self.o_proj.out_features
+            self.o_proj = nn.Linear(*shape, bias=config.attention_output_bias)
         self.o_proj.init_gain = residual_init_gain(config)
 
 
@@ -283,21 +295,25 @@ class KansformerModel(KansformerPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        masks = attention_mask
+        if not isinstance(masks, dict):  # generate has made them where it compiles
+            shape = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+            masks = {
+                kind: MASKS[kind](config=self.config, past_key_values=past_key_values, **shape)
+                for kind in set(self.config.layer_types)
+            }
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit drafting lowers the number
+        rotation = self.rotary_emb(hidden_states, position_ids=position_ids)
+        rotations = [rotation] * len(self.layers)
+        if self.config.no_rope_layers is not None:
+            unrotated = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])  # cosine and sine of angle 0
+            rotations = [rotation if rotates else unrotated for rotates in self.config.no_rope_layers]
+        for index in range(self.config.num_hidden_layers):  # early-exit drafting lowers the number
             # Positional: the hooks that record hidden states and reentrant checkpointing look at the first argument.
-            hidden_states = layer(
+            hidden_states = self.layers[index](
                 hidden_states,
-                attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
+                attention_mask=masks[self.config.layer_types[index]],
+                position_embeddings=rotations[index],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
