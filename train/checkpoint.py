@@ -1,24 +1,31 @@
 """Checkpoints that are whole or absent, and that no unpickling reads.
 
-A checkpoint is a folder `step-00000500`: model and tokenizer as `save_pretrained` writes them (so it loads with
-`from_pretrained`), `optimizer.safetensors`, and `state.json` with the step, what run it belongs to, and the size and
-SHA-256 of every other file. It is written beside its place, flushed to the disk and renamed. Tensors are stored whole
-under parameter names, so that a checkpoint does not know how many processes wrote it. Learning rate, data order and
-random numbers are functions of (seed, step): they need no state.
+A checkpoint is a folder `step-00000500`: model, grids, configuration and tokenizer as `save_pretrained` writes them (so
+it loads with `from_pretrained`), `optimizer.safetensors`, and `state.json` with the step, what run it belongs to, the
+size and SHA-256 of every other file and of itself. It is written beside its place, flushed to the disk and renamed.
+Tensors are stored whole under parameter names, so that a checkpoint does not know how many processes wrote it.
+Learning rate and data order are functions of (seed, step), random numbers of (seed, step, rank): they need no state.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 STATE = "state.json"
+BEST = "best.json"
 
 
 def save_model(accelerator, model: nn.Module, tokenizer, folder: Path) -> None:
@@ -26,42 +33,95 @@ def save_model(accelerator, model: nn.Module, tokenizer, folder: Path) -> None:
 
     Unwrapped of torch.compile too, whose names (`_orig_mod...`) `from_pretrained` would take for another model's.
     """
-    state = accelerator.get_state_dict(model)
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        model.save_pretrained(folder, state_dict=state, is_main_process=True)
-        tokenizer.save_pretrained(folder)
+        _write_model(model, weights, tokenizer, folder)
 
 
-def save(accelerator, model, optimizer, tokenizer, root: Path, step: int, identity: dict, keep: int) -> Path:
-    """Write the checkpoint of `step` under `root` and delete all but the newest `keep`."""
-    folder = root / f"step-{step:08d}"
-    scratch = root / f".{folder.name}.tmp"
-    tensors = _optimizer_tensors(model, optimizer)
+def save(
+    accelerator,
+    model,
+    optimizer,
+    tokenizer,
+    root: Path,
+    step: int,
+    identity: dict,
+    keep: int,
+    best: dict | None = None,
+) -> Path:
+    """Write the checkpoint of `step` under `root`, then delete the older ones but the newest `keep - 1` and the best.
+
+    Called on every process, the main one writes. `best` holds the step and figures of the best evaluation so far; its
+    checkpoint is kept, and `best.json` beside the checkpoints says which it is.
+
+    Raises:
+        OSError: on every process, if it cannot be written, with the bytes needed and free. The checkpoints that stand
+            are left as they are, and nothing unfinished stays.
+    """
+    weights = accelerator.get_state_dict(model)
+    moments = _optimizer_tensors(model, optimizer, accelerator.is_main_process)
+    folder, fault = root / _name(step), None
     if accelerator.is_main_process:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    save_model(accelerator, model, tokenizer, scratch)
-    if accelerator.is_main_process:
-        save_file(tensors, scratch / "optimizer.safetensors")
-        paths = sorted(p for p in scratch.rglob("*") if p.is_file())
-        files = {p.relative_to(scratch).as_posix(): _flushed_digest(p) for p in paths}
-        (scratch / STATE).write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
-        _flushed_digest(scratch / STATE)
-        shutil.rmtree(folder, ignore_errors=True)  # only a broken one can stand here: see `newest`
-        scratch.rename(folder)
-        _sync_folder(root)
-        for old in sorted(root.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        try:
+            _write(folder, model, weights, moments, tokenizer, {"step": step, "identity": identity, "best": best})
+            if best is not None:
+                _write_best(root, best)
+            # Newer ones can stand there, broken: `newest` skipped them. They do not count, and are replaced in time.
+            older = [path for path in sorted(root.glob("step-*")) if path.name < folder.name]
+            for path in older[: max(0, len(older) - (keep - 1))]:
+                if best is None or path.name != _name(best["step"]):
+                    _discard(path)
+        except (OSError, SafetensorError) as error:
+            needed = sum({t.data_ptr(): t.nbytes for t in [*weights.values(), *moments.values()]}.values())
+            last = [path.name for path in sorted(root.glob("step-*")) if path != folder][-1:]
+            fault = (
+                f"the checkpoint of step {step} cannot be written to {root} ({error}): it needs about {needed:,} bytes "
+                f"and {_free_bytes(root):,} are free; make room and give the same command again, it goes on from "
+                f"{last[0] if last else 'nothing: no checkpoint was written yet'}"
+            )
+    [fault] = broadcast_object_list([fault])
+    if fault:
+        raise OSError(fault)
     return folder
 
 
+def copy_model(accelerator, root: Path, step: int, folder: Path) -> None:
+    """Write the model and tokenizer of a checkpoint for `from_pretrained`. The main process writes."""
+    source = root / _name(step)
+    if accelerator.is_main_process:
+        if fault := _fault(source):
+            raise ValueError(f"the best checkpoint {source} is damaged: {fault}; --final_model last saves the last one")
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STATE, "optimizer.*"))
+    accelerator.wait_for_everyone()
+
+
+def best(root: Path) -> Path | None:
+    """The checkpoint of the lowest validation loss under `root`, or None."""
+    pointer = root / BEST
+    return root / json.loads(pointer.read_text())["checkpoint"] if pointer.is_file() else None
+
+
 def newest(root: Path, say=print) -> Path | None:
-    """The newest whole checkpoint under `root`, or None; what is skipped is said with the reason."""
+    """The newest whole checkpoint under `root`, or None where none was ever finished; what is skipped is said.
+
+    Raises:
+        ValueError: if there are checkpoints and none is whole: to start anew would throw the run away unasked.
+    """
+    for scratch in sorted(root.glob(".step-*.tmp")):
+        say(f"checkpoint {scratch} is skipped: the run ended while it was written or deleted")
+    broken = {}
     for folder in sorted(root.glob("step-*"), reverse=True):
-        if (fault := _fault(folder)) is None:
+        fault = _fault(folder)
+        if fault is None:
             return folder
+        broken[folder.name] = fault
         say(f"checkpoint {folder} is skipped: {fault}")
+    if broken:
+        reasons = "; ".join(f"{name}: {fault}" for name, fault in broken.items())
+        raise ValueError(
+            f"no checkpoint in {root} is whole ({reasons}): mend one or bring back a copy; "
+            "to start from nothing delete them, or choose another output_dir"
+        )
     return None
 
 
@@ -85,29 +145,113 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         raise ValueError(f"{folder} holds optimizer state of unknown parameters: {sorted(tensors)[:3]} ...")
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
-    return {
-        f"{name}/{key}": whole(value).cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+@contextmanager
+def sole_use(folder: Path):
+    """Keep other runs out of `folder`; the lock is the kernel's, and ends with its process however that ends.
+
+    Raises:
+        ValueError: if another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
+                stream.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by process {stream.read()}: stop that run or choose another output_dir"
+                ) from None
+        stream.truncate(0)
+        stream.write(f"{os.getpid()} on {platform.node()}")
+        stream.flush()
+        yield
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder, state_dict=weights, is_main_process=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _write(folder: Path, model, weights, moments, tokenizer, state: dict) -> None:
+    """The whole folder or nothing: every file and folder reaches the disk before the name does."""
+    root = folder.parent
+    for stale in root.glob(".step-*.tmp"):
+        shutil.rmtree(stale)
+    scratch = root / f".{folder.name}.tmp"
+    scratch.mkdir(parents=True)
+    try:
+        _write_model(model, weights, tokenizer, scratch)
+        save_file(moments, scratch / "optimizer.safetensors")
+        paths = sorted(path for path in scratch.rglob("*") if path.is_file())
+        state |= {"files": {p.relative_to(scratch).as_posix(): (p.stat().st_size, _digest(p)) for p in paths}}
+        (scratch / STATE).write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1))
+        for path in [*scratch.rglob("*"), scratch]:
+            _sync(path)
+        if folder.exists():  # only a broken one can stand here: see `newest`
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write_best(root: Path, best: dict) -> None:
+    scratch = root / f".{BEST}.tmp"
+    scratch.write_text(json.dumps({"checkpoint": _name(best["step"]), **best}, indent=1))
+    _sync(scratch)
+    scratch.replace(root / BEST)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves no broken one."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(scratch)
+    shutil.rmtree(scratch)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, torch.Tensor]:
+    """{parameter/key: whole tensor} where they are kept; every process must call, to gather what is sharded."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                tensors[f"{name}/{key}"] = value.cpu().contiguous()
+    return tensors
 
 
 def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
     try:
-        files = read_state(folder)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{STATE} cannot be read ({type(error).__name__})"
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _digest(path) != digest:
-            return f"{name} is not what was written (its SHA-256 differs)"
+        state = read_state(folder)
+        if state.pop("sha256") != _seal(state):
+            return f"{STATE} is not what was written (its SHA-256 differs)"
+        if folder.name != _name(state["step"]):
+            return f"it is of step {state['step']}"
+        for name, (size, digest) in state["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _digest(path) != digest:
+                return f"{name} is not what was written (its SHA-256 differs)"
+    except OSError as error:
+        return f"{Path(error.filename or STATE).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} cannot be read ({type(error).__name__}: {error})"
     return None
+
+
+def _seal(state: dict) -> str:
+    """SHA-256 of what else `state.json` says."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -118,13 +262,15 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flushed_digest(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
-    return path.stat().st_size, _digest(path)
+def _sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _free_bytes(folder: Path) -> int:
+    folder = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    return shutil.disk_usage(folder).free

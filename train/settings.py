@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -170,6 +171,48 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
             f"{config.max_position_embeddings}: lower the one or raise the other (--model.max_position_embeddings)"
         )
     return config
+
+
+def check_world(settings: Settings, world: int) -> None:
+    """Stop a run that got other processes than were asked for, by setting or by launcher."""
+    asked = settings.processes or int(os.environ.get("WORLD_SIZE", world))
+    # `accelerate launch --cpu --num_processes 2` sets a rendezvous address, starts one process and says nothing.
+    silent = world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked != world or silent:
+        raise ValueError(
+            f"{'several' if silent else asked} processes were asked for and {world} started; on CPU launch with "
+            "`torchrun --nproc_per_node N train/train.py ...` (accelerate launch --cpu starts a single process)"
+        )
+
+
+def batch_split(settings: Settings, world: int) -> tuple[int, int]:
+    """(sequences a process holds at once, times it accumulates), so that the global batch is the same for any split."""
+    micro_batch = settings.micro_batch_size or max(1, settings.batch_size // world)
+    accumulation, remainder = divmod(settings.batch_size, micro_batch * world)
+    if remainder or not accumulation:
+        raise ValueError(
+            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {micro_batch} x {world} processes"
+        )
+    return micro_batch, accumulation
+
+
+def check_resume(resume: str, identity: dict, saved: dict, folder: Path) -> None:
+    """Refuse to go on from a checkpoint of another run."""
+    if resume == "none":
+        raise ValueError(f"{folder} is there and resume is none: choose another output_dir, or --resume auto")
+    identity = json.loads(json.dumps(identity))  # tuples are lists there
+    # A key younger than the checkpoint had its default's effect
+    saved = json.loads(json.dumps(dataclasses.asdict(Settings()))) | saved
+    other = [
+        f"{key}: {saved.get(key)!r} -> {identity.get(key)!r}"
+        for key in sorted(saved.keys() | identity.keys())
+        if key not in FREE_KEYS and saved.get(key) != identity.get(key)
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} was made with another text, model or settings ({'; '.join(other)}): choose another output_dir, "
+            "or delete that one"
+        )
 
 
 def _nearest(key: str, known) -> str:

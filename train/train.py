@@ -7,13 +7,14 @@
 `--help` lists the settings. The output folder gets
 
     settings.yaml    what was asked, completed with the defaults
-    metrics.jsonl    one line a logged step or evaluation
-    checkpoints/     the newest few; the same command goes on from the newest whole one
+    metrics.jsonl    one line a logged step, an evaluation, a start or a warning
+    checkpoints/     the newest few and the best; the same command goes on from the newest whole one
     model/           the trained model, its tokenizer and its card, for `from_pretrained`
     results.json     the figures of the end
+    report.md        curves and tables; `train/report.py` makes it of a run that goes on, and of several side by side
 
-Everything but weights and optimizer moments is a function of (settings, step): data, learning rate, random numbers.
-So a run that was killed and resumed ends with the weights of one that was not.
+Everything but weights, grids and optimizer moments is a function of (settings, step): data, learning rate, random
+numbers, grid updates. So a run that was killed and resumed ends with the weights of one that was not.
 
 Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or max_minutes with a checkpoint to go on from; 1 an error.
 """
@@ -21,11 +22,11 @@ Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or max_minutes with a checkpoi
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -33,17 +34,20 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import checkpoint
+import metrics
+import report
 import settings as settings_module
 from data import Batches, Corpus, load_tokenizer, prepare
-from report import model_card, peak_memory, trim_metrics, utilisation
-from settings import FREE_KEYS, Settings
+from grids import update_grids
+from health import Episodes, LossSpikes, first_nonfinite, stop_signals, whole
+from optimizer import learning_rate, parameter_groups
+from settings import Settings, batch_split, check_resume, check_world
 
 import kansformer  # noqa: F401 (registers the model with the Auto classes)
 
@@ -53,196 +57,333 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 def main(arguments: list[str]) -> dict:
     """One run, top to bottom. Returns the figures that `results.json` holds."""
     settings = settings_module.parse(arguments)
-    transformers.utils.logging.disable_progress_bar()  # one bar: the run's
-    output = Path(settings.output_dir)
-    checkpoints = output / "checkpoints"
+    metrics.check_tracker(settings.tracker)
+    run = Run(settings)
+    with checkpoint.sole_use(run.output) if run.accelerator.is_main_process else nullcontext():
+        run.start()
+        with stop_signals() as run.stop:
+            run.deadline = time.monotonic() + 60 * (settings.max_minutes or math.inf)
+            run.train(settings.steps)
+        return run.finish()
 
-    # Processes and device
-    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=settings.precision, dynamo_backend="inductor" if settings.compile else None
-    )
-    main_process, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
-    check_world(settings, world)
-    micro_batch, accumulation = batch_split(settings, world)
 
-    # Text
-    corpus = Corpus(
-        settings.data, settings.text_column, settings.val_split, settings.val_fraction, settings.max_documents
-    )
-    tokenizer = load_tokenizer(settings.tokenizer, settings.sequence_length, corpus, settings.cache_dir, progress=True)
-    config = settings_module.model_config(settings, tokenizer)
-    verify = settings.verify_data and accelerator.is_local_main_process
-    train_file, val_file = prepare(corpus, tokenizer, settings.cache_dir, verify=verify, progress=True)
-    train = Batches(train_file, settings.sequence_length, settings.batch_size, settings.seed)
-    validation = Batches(val_file, settings.sequence_length, settings.batch_size)
-    # What must be the same in a run that goes on: settings, model and text
-    identity = dataclasses.asdict(settings) | {"tokens": train_file.folder.name}
-    identity |= {f"model.{key}": value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+class Run:
+    """Everything that a run is made of, ready for its next step: from the newest checkpoint, or from the seed."""
 
-    # Model and optimizer, from the newest checkpoint or from the seed
-    resumed = checkpoint.newest(checkpoints, accelerator.print)
-    start = 0
-    set_seed(settings.seed)
-    if resumed is None:
-        model = AutoModelForCausalLM.from_config(config)
-    else:
-        state = checkpoint.read_state(resumed)
-        start = state["step"]
-        check_resume(settings.resume, identity, state["identity"], resumed)
-        model, loading = AutoModelForCausalLM.from_pretrained(resumed, dtype=torch.float32, output_loading_info=True)
-        assert not loading["missing_keys"], f"{resumed} lacks {loading['missing_keys']}"
-    if settings.gradient_checkpointing:
-        # transformers 5.2x renames it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    parameter_count = sum(p.numel() for p in model.parameters())
-    flops_per_token = model.flops_per_token(settings.sequence_length) if hasattr(model, "flops_per_token") else None
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    if resumed is not None:
-        checkpoint.load_optimizer(resumed, bare_model, optimizer)
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        transformers.utils.logging.disable_progress_bar()  # one bar: the run's
+        self.output = Path(settings.output_dir)
+        self.checkpoints = self.output / "checkpoints"
 
-    accelerator.print(
-        f"{world} process(es) ({accelerator.distributed_type.value}) on {accelerator.device}, precision "
-        f"{settings.precision}, batch {settings.batch_size} = {micro_batch} x {accumulation} accumulated x {world}\n"
-        f"{config.model_type}: {parameter_count:,} parameters; text: {len(train_file):,} training and "
-        f"{len(val_file):,} validation tokens, an epoch is {train.num_windows / settings.batch_size:.0f} steps\n"
-        f"from step {start} to {settings.steps}"
-        + (f" ({resumed})" if resumed else "")
-        + (f"; all of it warm-up, of {settings.warmup_steps}" if settings.warmup_steps >= settings.steps else "")
-    )
-    if main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "settings.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
-        trim_metrics(output / "metrics.jsonl", start)
+        # Processes and device
+        on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+        self.accelerator = accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=settings.precision,
+            dynamo_backend="inductor" if settings.compile else None,
+            log_with=settings.tracker,
+            project_dir=self.output / "tracker",
+        )
+        self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        check_world(settings, self.world)
+        self.micro_batch, self.accumulation = batch_split(settings, self.world)
 
-    def micro_batches(batches: Batches, step: int):
+        # Text
+        corpus = Corpus(
+            settings.data, settings.text_column, settings.val_split, settings.val_fraction, settings.max_documents
+        )
+        self.tokenizer = load_tokenizer(
+            settings.tokenizer, settings.sequence_length, corpus, settings.cache_dir, progress=True
+        )
+        self.config = settings_module.model_config(settings, self.tokenizer)
+        verify = settings.verify_data and accelerator.is_local_main_process
+        train_text, self.val_text = prepare(corpus, self.tokenizer, settings.cache_dir, verify=verify, progress=True)
+        self.batches = Batches(train_text, settings.sequence_length, settings.batch_size, settings.seed)
+        self.val_batches = Batches(self.val_text, settings.sequence_length, settings.batch_size)
+        # What must be the same in a run that goes on: settings, model and text
+        self.identity = dataclasses.asdict(settings) | {"tokens": train_text.folder.name}
+        self.identity |= {
+            f"model.{key}": value for key, value in self.config.to_diff_dict().items() if key != "transformers_version"
+        }
+
+        # Model and optimizer, from the newest checkpoint or from the seed
+        self.resumed = checkpoint.newest(self.checkpoints, accelerator.print)
+        self.step, self.best = 0, None  # optimizer steps done; the figures of the best evaluation and its step
+        set_seed(settings.seed)
+        if self.resumed is None:
+            model = AutoModelForCausalLM.from_config(self.config)
+        else:
+            state = checkpoint.read_state(self.resumed)
+            check_resume(settings.resume, self.identity, state["identity"], self.resumed)
+            self.step, self.best = state["step"], state.get("best")
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                self.resumed, dtype=torch.float32, output_loading_info=True
+            )
+            assert not loading["missing_keys"], f"{self.resumed} lacks {loading['missing_keys']}"
+        if settings.grid_update_steps and not any(True for _ in getattr(model, "kan_layers", tuple)()):
+            raise ValueError(f"grid_update_steps = {settings.grid_update_steps}, but {settings.model} has no grids")
+        if settings.gradient_checkpointing:
+            # transformers 5.2x renames it
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        self.parameter_count = sum(p.numel() for p in model.parameters())
+        self.flops_per_token = (
+            model.flops_per_token(settings.sequence_length) if hasattr(model, "flops_per_token") else None
+        )
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(model, settings),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            fused=True,
+        )
+        # A flag on the device that AdamW obeys: no step is applied from the first non-finite one on, and no step waits
+        # until the host has looked at its loss.
+        self.adamw.found_inf = torch.zeros((), device=self.device)
+        self.model, _ = accelerator.prepare(model, self.adamw)
+        self.bare_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.resumed is not None:
+            checkpoint.load_optimizer(self.resumed, self.bare_model, self.adamw)
+        self.model.train()
+        self.lag = 1 if self.device.type == "cuda" else 0  # steps by which the host sees figures late
+        self.spikes, self.episodes = LossSpikes(settings.spike_window), Episodes()
+        self.figures: dict = {}  # of the last evaluation
+        self.activation_bytes: int | None = None
+        self.seconds, self.tokens = 0.0, 0  # of training since this start
+        self.stop: list[str] = []  # holds a signal's name when the run must stop
+        self.deadline = math.inf
+
+    def start(self) -> None:
+        """Say what runs, and open the books."""
+        settings, accelerator = self.settings, self.accelerator
+        late = [step for step in settings.grid_update_steps if step >= settings.steps]
+        accelerator.print(
+            f"{self.world} process(es) ({accelerator.distributed_type.value}) on {self.device}, precision "
+            f"{settings.precision}, batch {settings.batch_size} = {self.micro_batch} x {self.accumulation} accumulated "
+            f"x {self.world}\n"
+            f"{self.config.model_type}: {self.parameter_count:,} parameters; text: {self.batches.num_targets + 1:,} "
+            f"training and {self.val_batches.num_targets + 1:,} validation tokens, an epoch is "
+            f"{self.batches.num_windows / settings.batch_size:.0f} steps\n"
+            f"from step {self.step} to {settings.steps}"
+            + (f" ({self.resumed})" if self.resumed else "")
+            + (f"; all of it warm-up, of {settings.warmup_steps}" if settings.warmup_steps >= settings.steps else "")
+            + (f"; no grid update at {late}: that is the end or later" if late else "")
+        )
+        asked = dataclasses.asdict(settings)
+        if accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "settings.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+        self.metrics = metrics.Metrics(self.output / "metrics.jsonl", accelerator, self.step)
+        if self.step < settings.steps:  # else it is done already
+            self.metrics.log(self.step, event="start", **metrics.provenance(accelerator))
+            metrics.start_tracker(accelerator, settings.tracker, self.output.name, asked, self.step)
+        plain = accelerator.distributed_type.value in ("NO", "MULTI_CPU") and not settings.compile
+        if self.device.type == "cpu" and plain and not settings.gradient_checkpointing:
+            inputs, targets = next(self.micro_batches(self.batches, self.step))
+            with metrics.saved_bytes(self.bare_model) as kept:
+                token_loss(self.bare_model, inputs, targets, 1)
+            self.activation_bytes = sum(kept)
+
+    def train(self, stop_at: int) -> None:
+        """Train until `stop_at` steps are done. Exits with EXIT_STOPPED, after a checkpoint, if it must stop before."""
+        settings, batches = self.settings, self.batches
+        every = (settings.log_every, settings.eval_every, settings.save_every)
+        pending: deque[tuple[int, Callable[[], list[float]]]] = deque()  # steps whose figures the host has not seen
+        logged = batches.targets_before(self.step)
+        seconds, mark = 0.0, time.perf_counter()
+        progress = tqdm(
+            total=stop_at,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            desc=self.output.name,
+            unit="step",
+        )
+        with progress:
+            while self.step < stop_at:
+                if self.step in settings.grid_update_steps:
+                    self.update_grids()
+                pending.append((self.step, metrics.on_host(self.training_step(self.step))))
+                self.step += 1
+                done, last = self.step, self.step == settings.steps
+                logging, evaluating, saving = (done % n == 0 or last for n in every)
+                catch_up, stopping = logging or evaluating or saving or done == stop_at, False
+                while pending and (catch_up or stopping or len(pending) > self.lag):
+                    loss, norm, stop_now = self.check(*pending.popleft())
+                    stopping = stopping or (stop_now and not last)
+                progress.update()
+                if not (catch_up or stopping):
+                    continue
+                seconds += time.perf_counter() - mark
+                tokens = batches.targets_before(done)
+                if logging:
+                    self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens - logged
+                    speed = (tokens - logged) / seconds
+                    line = {"tokens": tokens, "loss": loss, "lr": self.lr, "grad_norm": norm}
+                    line |= {"tokens_per_second": speed} | metrics.memory(self.device, self.activation_bytes)
+                    self.metrics.log(done, **line, **metrics.utilisation(self.flops_per_token, speed, self.world))
+                    progress.set_postfix(loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})
+                    seconds, logged = 0.0, tokens
+                if evaluating:
+                    self.figures = self.evaluate()
+                    self.metrics.log(done, tokens=tokens, **self.figures)
+                    progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.figures.items()))
+                    if (
+                        settings.keep_best
+                        and self.figures["val_loss"] < (self.best or {"val_loss": math.inf})["val_loss"]
+                    ):
+                        self.best, saving = {"step": done, **self.figures}, True
+                if saving or stopping:
+                    self.save()
+                if stopping:
+                    reason = self.stop[0] if self.stop else "another process's signal, or max_minutes"
+                    self.accelerator.print(f"stopped at step {done} ({reason}); the same command goes on")
+                    self.accelerator.end_training()
+                    raise SystemExit(EXIT_STOPPED)
+                mark = time.perf_counter()
+
+    def training_step(self, step: int) -> torch.Tensor:
+        """One optimizer step, not waited for: (loss, gradient norm, number of processes that must stop), on the device.
+
+        From the first non-finite step on none is applied, here or later.
+        """
+        self.lr = learning_rate(self.settings, step)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr * group["lr_ratio"]
+        loss = self.gradients(step)
+        gradients = [p.grad for p in self.bare_model.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        stopping = float(bool(self.stop) or time.monotonic() > self.deadline)
+        loss, stopping = self.accelerator.reduce(torch.stack([loss, torch.full_like(loss, stopping)]))
+        broken = ~(loss.isfinite() & norm.isfinite())
+        self.adamw.found_inf.add_(broken).clamp_(max=1)
+        if self.settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.settings.max_grad_norm, norm)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return torch.stack([loss, norm, stopping])
+
+    def gradients(self, step: int) -> torch.Tensor:
+        """Accumulate the gradient of the mean loss over all targets of the global batch; this process's share of it."""
+        torch.manual_seed((self.settings.seed * 1_000_003 + step * self.world + self.rank) % 2**32)
+        num_targets = self.batches.targets_before(step + 1) - self.batches.targets_before(step)
+        total = torch.zeros((), device=self.device)
+        for index, (inputs, targets) in enumerate(self.micro_batches(self.batches, step)):
+            with nullcontext() if index == self.accumulation - 1 else self.accelerator.no_sync(self.model):
+                share = token_loss(self.model, inputs, targets, num_targets)
+                self.accelerator.backward(share * self.world)  # data parallelism averages gradients over processes
+            total += share.detach()
+        return total
+
+    def micro_batches(self, batches: Batches, step: int):
         """This process's share of a global batch, as (inputs, targets) on the device."""
-        for index in range(accumulation):
-            row = (index * world + rank) * micro_batch
-            arrays = batches.rows(step, row, row + micro_batch)
-            yield [torch.from_numpy(array).to(accelerator.device, non_blocking=True) for array in arrays]
+        for index in range(self.accumulation):
+            row = (index * self.world + self.rank) * self.micro_batch
+            tensors = map(torch.from_numpy, batches.rows(step, row, row + self.micro_batch))
+            if self.device.type == "cuda":  # the copy of pageable memory would wait for the device
+                tensors = (tensor.pin_memory() for tensor in tensors)
+            yield [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
-    def log(**values) -> None:
-        if main_process:
-            with open(output / "metrics.jsonl", "a") as stream:
-                stream.write(json.dumps(values) + "\n")
+    def check(self, step: int, fetch: Callable[[], list[float]]) -> tuple[float, float, bool]:
+        """(loss, gradient norm, whether to stop) of a step, or FloatingPointError where they are not finite."""
+        loss, norm, stopping = fetch()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            blame = gather_object([first_nonfinite(self.bare_model, lambda: self.gradients(step))])
+            raise FloatingPointError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was applied. First non-finite value: "
+                + "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(blame))
+                + f". The last good checkpoint is in {self.checkpoints}; a lower learning_rate, a longer warm-up or "
+                "precision no are the usual cures"
+            )
+        z, threshold = self.spikes(loss), self.settings.spike_threshold
+        if threshold is not None:
+            self.warn(
+                "loss_spike", z > threshold, step + 1, f"loss {loss:.4f} is a spike, {z:.0f} robust deviations up"
+            )
+        return loss, norm, bool(stopping)
 
-    def save(step: int) -> None:
-        keep = settings.keep_checkpoints
-        checkpoint.save(accelerator, bare_model, optimizer, tokenizer, checkpoints, step, identity, keep)
+    def warn(self, alarm: str, on: bool, step: int, message: str) -> None:
+        if self.episodes.begins(alarm, on):
+            tqdm.write(f"warning: step {step}: {message}") if self.accelerator.is_main_process else None
+            self.metrics.log(step, event="warning", alarm=alarm, message=message)
+
+    def update_grids(self) -> None:
+        """Fit the grids to the inputs that the coming step's batch gives the layers."""
+        tokens = self.settings.batch_size * self.settings.sequence_length
+        shares = (inputs for inputs, _ in self.micro_batches(self.batches, self.step))
+        update_grids(self.bare_model, self.adamw, shares, tokens, self.settings.grid_update_spread)
+        self.metrics.log(self.step, event="grid_update")
 
     @torch.no_grad()
-    def evaluate() -> dict:
+    def evaluate(self) -> dict:
         """Every target of the validation text once: nats a token, bits a byte; the share of inputs off the grids."""
-        model.eval()
-        nats = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        for step in range(math.ceil(validation.num_windows / settings.batch_size)):
-            for inputs, targets in micro_batches(validation, step):
-                nats[0] += token_loss(model, inputs, targets, 1)
+        self.model.eval()
+        nats = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for step in range(math.ceil(self.val_batches.num_windows / self.settings.batch_size)):
+            for inputs, targets in self.micro_batches(self.val_batches, step):
+                nats[0] += token_loss(self.model, inputs, targets, 1)
                 nats[1] += (targets >= 0).sum()
-        total, count = accelerator.reduce(nats).tolist()
-        assert count == validation.num_targets, f"{count} targets evaluated, {validation.num_targets} in the text"
-        figures = {"val_loss": total / count, "val_bits_per_byte": bits_per_byte(total, val_file.num_bytes)}
-        if hasattr(bare_model, "out_of_grid_fraction"):
-            fractions = bare_model.out_of_grid_fraction(input_ids=next(micro_batches(validation, 0))[0])
-            if fractions:
-                shares = torch.stack(list(fractions.values())).float()
-                figures |= {"out_of_grid": shares.mean().item(), "out_of_grid_worst": shares.max().item()}
-        model.train()
+        total, count = self.accelerator.reduce(nats).tolist()
+        assert count == self.val_batches.num_targets, f"{count} of {self.val_batches.num_targets} targets evaluated"
+        figures = {"val_loss": total / count, "val_bits_per_byte": bits_per_byte(total, self.val_text.num_bytes)}
+        if hasattr(self.bare_model, "out_of_grid_fraction"):
+            inputs, _ = next(self.micro_batches(self.val_batches, 0))
+            shares = {name: x.item() for name, x in self.bare_model.out_of_grid_fraction(input_ids=inputs).items()}
+            if shares:
+                worst, limit = max(shares, key=shares.get), self.settings.out_of_grid_threshold
+                figures["out_of_grid"] = sum(shares.values()) / len(shares)
+                figures["out_of_grid_worst"] = shares[worst]
+                message = (
+                    f"{shares[worst]:.0%} of the inputs of {worst} lie outside its grid: consider grid_update_steps"
+                )
+                self.warn("out_of_grid", limit is not None and shares[worst] > limit, self.step, message)
+        self.model.train()
         return figures
 
-    # The run
-    model.train()
-    figures: dict = {}
-    busy_seconds, busy_tokens, deadline = 0.0, 0, time.monotonic() + 60 * (settings.max_minutes or math.inf)
-    run_seconds, run_tokens = 0.0, 0
-    progress = tqdm(total=settings.steps, initial=start, disable=not main_process, desc=output.name, unit="step")
-    with stop_signals() as stop, progress:
-        for step in range(start, settings.steps):
-            started = time.perf_counter()
-            set_seed((settings.seed * 1_000_003 + step * world + rank) % 2**32)
-            lr = learning_rate(settings, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_ratio"]
+    def save(self) -> None:
+        checkpoint.save(
+            self.accelerator,
+            self.bare_model,
+            self.adamw,
+            self.tokenizer,
+            self.checkpoints,
+            self.step,
+            self.identity,
+            self.settings.keep_checkpoints,
+            best=self.best,
+        )
 
-            # Gradient of the mean over all targets of the global batch: the sum of every share over their number
-            num_targets = int(train.target_counts(step).sum())
-            loss = torch.zeros((), device=accelerator.device)
-            for index, (inputs, targets) in enumerate(micro_batches(train, step)):
-                with nullcontext() if index == accumulation - 1 else accelerator.no_sync(model):
-                    share = token_loss(model, inputs, targets, num_targets)
-                    accelerator.backward(share * world)  # data parallelism averages gradients over processes
-                loss += share.detach()
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
-            stopping = float(bool(stop) or time.monotonic() > deadline)
-            sums = accelerator.reduce(torch.stack([loss, loss.new_tensor(stopping)]))
-            loss, stopping, norm = [*sums.tolist(), grad_norm.item()]
-
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                blame = gather_object([first_nonfinite(bare_model, model, micro_batches(train, step))])
-                raise FloatingPointError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was applied. First non-finite value: "
-                    + "; ".join(f"rank {r}: {place}" for r, place in enumerate(blame))
-                    + f". The last good checkpoint is in {checkpoints}; a lower learning_rate, a longer warm-up or "
-                    "precision no are the usual cures"
-                )
-            if settings.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            done = step + 1
-            busy_seconds, busy_tokens = busy_seconds + time.perf_counter() - started, busy_tokens + num_targets
-            progress.update()
-            if done % settings.log_every == 0 or done == settings.steps:
-                run_seconds, run_tokens = run_seconds + busy_seconds, run_tokens + busy_tokens
-                speed = busy_tokens / busy_seconds
-                line = {"step": done, "tokens": train.targets_before(done), "loss": loss, "lr": lr, "grad_norm": norm}
-                line |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory(accelerator.device)}
-                log(**line, **utilisation(flops_per_token, speed, world))
-                progress.set_postfix(loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})
-                busy_seconds, busy_tokens = 0.0, 0
-            if done % settings.eval_every == 0 or done == settings.steps:
-                figures = evaluate()
-                log(step=done, tokens=train.targets_before(done), **figures)
-                progress.write(f"step {done}: " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
-            if done % settings.save_every == 0 or done == settings.steps or stopping:
-                save(done)
-            if stopping and done < settings.steps:
-                accelerator.print(
-                    f"stopped at step {done} ({stop[0] if stop else 'max_minutes'}); the same command goes on"
-                )
-                accelerator.end_training()
-                raise SystemExit(EXIT_STOPPED)
-
-    figures = figures or evaluate()
-    results = {
-        "parameters": parameter_count,
-        "step": settings.steps,
-        "tokens": train.targets_before(settings.steps),
-        **figures,
-        "tokens_per_second": run_tokens / run_seconds if run_seconds else None,
-        "peak_memory_bytes": peak_memory(accelerator.device),
-    }
-    if hasattr(bare_model, "parameter_counts"):
-        results["feed_forward_parameters"] = bare_model.parameter_counts()["feed_forward"]
-    checkpoint.save_model(accelerator, bare_model, tokenizer, output / "model")
-    if main_process:
-        (output / "model" / "README.md").write_text(model_card(settings, results, config))
-        (output / "results.json").write_text(json.dumps(results, indent=1))
-    accelerator.print(f"model: {output / 'model'}")
-    accelerator.end_training()
-    return results
+    def finish(self) -> dict:
+        """The model, its card, the figures and the report."""
+        settings, figures = self.settings, {"step": self.step, **(self.figures or self.evaluate())}
+        if settings.final_model == "best":
+            figures = self.best
+        results = {
+            "parameters": self.parameter_count,
+            "tokens": self.batches.targets_before(figures["step"]),
+            **figures,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
+            **metrics.memory(self.device, self.activation_bytes),
+        }
+        if self.best:
+            results |= {"best_step": self.best["step"], "best_val_loss": self.best["val_loss"]}
+        if hasattr(self.bare_model, "parameter_counts"):
+            results["feed_forward_parameters"] = self.bare_model.parameter_counts()["feed_forward"]
+        if settings.final_model == "best":
+            checkpoint.copy_model(self.accelerator, self.checkpoints, self.best["step"], self.output / "model")
+        else:
+            checkpoint.save_model(self.accelerator, self.bare_model, self.tokenizer, self.output / "model")
+        if self.accelerator.is_main_process:
+            (self.output / "model" / "README.md").write_text(report.model_card(settings, results, self.config))
+            (self.output / "results.json").write_text(json.dumps(results, indent=1))
+            written = report.write([self.output], self.output)
+            self.accelerator.print(f"model: {self.output / 'model'}\nreport: {written}")
+        self.accelerator.end_training()
+        return results
 
 
 def token_loss(model, inputs: torch.Tensor, targets: torch.Tensor, num_targets: int) -> torch.Tensor:
     """Summed cross entropy of the targets in nats, over `num_targets`."""
-    count = torch.tensor(num_targets, device=inputs.device)  # a tensor: torch.compile does not specialise on its value
+    # A tensor: torch.compile does not specialise on its value. Filled there: a copy would wait for the device.
+    count = torch.full((), num_targets, device=inputs.device)
     output = model(input_ids=inputs, labels=targets, shift_labels=targets, num_items_in_batch=count, use_cache=False)
     return output.loss
 
@@ -250,123 +391,6 @@ def token_loss(model, inputs: torch.Tensor, targets: torch.Tensor, num_targets: 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """Cross entropy summed over a text, in bits per UTF-8 byte of it: comparable between tokenizers."""
     return nats / math.log(2) / num_bytes
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Of the update after `step` updates: linear warm-up, then a cosine from learning_rate to its min_lr_ratio."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - 1 - settings.warmup_steps)
-    floor = settings.min_lr_ratio
-    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def parameter_groups(model: torch.nn.Module, settings: Settings) -> list[dict]:
-    """Matrices decay; norms, biases and embeddings do not; spline coefficients have a rate and a decay of their own."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    groups = {
-        "matrices": {"params": [], "weight_decay": settings.weight_decay, "lr_ratio": 1.0},
-        "vectors": {"params": [], "weight_decay": 0.0, "lr_ratio": 1.0},
-        "splines": {
-            "params": [],
-            "weight_decay": settings.spline_weight_decay,
-            "lr_ratio": settings.spline_lr_ratio,
-        },
-    }
-    for name, parameter in model.named_parameters():
-        if name.endswith("spline_weight"):
-            groups["splines"]["params"].append(parameter)
-        else:
-            vector = parameter.ndim < 2 or id(parameter) in embeddings
-            groups["vectors" if vector else "matrices"]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
-
-
-def check_world(settings: Settings, world: int) -> None:
-    """Stop a run that got other processes than were asked for, by setting or by launcher."""
-    asked = settings.processes or int(os.environ.get("WORLD_SIZE", world))
-    # `accelerate launch --cpu --num_processes 2` sets a rendezvous address, starts one process and says nothing.
-    silent = world == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if asked != world or silent:
-        raise ValueError(
-            f"{'several' if silent else asked} processes were asked for and {world} started; on CPU launch with "
-            "`torchrun --nproc_per_node N train/train.py ...` (accelerate launch --cpu starts a single process)"
-        )
-
-
-def batch_split(settings: Settings, world: int) -> tuple[int, int]:
-    """(sequences a process holds at once, times it accumulates), so that the global batch is the same for any split."""
-    micro_batch = settings.micro_batch_size or max(1, settings.batch_size // world)
-    accumulation, remainder = divmod(settings.batch_size, micro_batch * world)
-    if remainder or not accumulation:
-        raise ValueError(
-            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {micro_batch} x {world} processes"
-        )
-    return micro_batch, accumulation
-
-
-def check_resume(resume: str, identity: dict, saved: dict, folder: Path) -> None:
-    """Refuse to go on from a checkpoint of another run."""
-    if resume == "none":
-        raise ValueError(f"{folder} is there and resume is none: choose another output_dir, or --resume auto")
-    identity = json.loads(json.dumps(identity))  # tuples are lists there
-    # A key younger than the checkpoint had its default's effect
-    saved = json.loads(json.dumps(dataclasses.asdict(Settings()))) | saved
-    other = [
-        f"{key}: {saved.get(key)!r} -> {identity.get(key)!r}"
-        for key in sorted(saved.keys() | identity.keys())
-        if key not in FREE_KEYS and saved.get(key) != identity.get(key)
-    ]
-    if other:
-        raise ValueError(
-            f"{folder} was made with another text, model or settings ({'; '.join(other)}): choose another output_dir, "
-            "or delete that one"
-        )
-
-
-def first_nonfinite(bare_model, model, batches) -> str:
-    """Where the first NaN or infinity of a step stands: a parameter, a module's output or a gradient."""
-    for name, parameter in bare_model.named_parameters():
-        if not whole(parameter.detach()).isfinite().all():
-            return f"parameter {name}"
-    found: list[str] = []
-
-    def look(name: str, output) -> None:
-        if not found and torch.is_tensor(output) and not output.isfinite().all():
-            found.append(f"output of {name}")
-
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-        for name, module in bare_model.named_modules()
-    ]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for inputs, targets in batches:
-            token_loss(model, inputs, targets, 1)
-    for hook in hooks:
-        hook.remove()
-    broken = [n for n, p in bare_model.named_parameters() if p.grad is not None and not whole(p.grad).isfinite().all()]
-    return found[0] if found else f"gradient of {broken[-1]}" if broken else "none here"
-
-
-@contextmanager
-def stop_signals():
-    """A list that receives the name of the first SIGTERM or SIGINT; a second one acts as usual."""
-    received: list[str] = []
-
-    def receive(number, _):
-        received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 if __name__ == "__main__":
