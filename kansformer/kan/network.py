@@ -52,23 +52,19 @@ class KANLayer(nn.Module):
 
     def forward(self, x: Tensor, features: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """x (N, I) to nodes (N, sums + products); `features`, where x was seen before, is `self.features(x)`."""
-        spline, base = self._weights()
-        size = x.numel() * self.linear.num_basis * x.element_size()
-        if features is None and size > DENSE_BYTES:
-            subnodes = self._fused(x, spline, base)
-        else:
-            phi, act = self.features(x) if features is None else features
-            subnodes = phi.flatten(1) @ spline.flatten(0, 1)
-            if base is not None:
-                subnodes = torch.addmm(subnodes, act, base.mT)
-        return self.nodes(subnodes)
+        linear = self.linear
+        if features is None and x.numel() * linear.num_basis * x.element_size() > DENSE_BYTES:
+            return self.nodes(self._fused(x))
+        return self.nodes(_Dense.apply(x, linear.spline_weight, linear.base_weight, self, features))
 
     def edges(self, x: Tensor, features: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """The output of every edge: x (N, I) to (N, O, I). `nodes(edges(x).sum(-1))` is `forward(x)`."""
         spline, base = self._weights()
         phi, act = self.features(x) if features is None else features
-        out = (phi.transpose(0, 1) @ spline).permute(1, 2, 0)  # (I, N, C) @ (I, C, O)
-        return out if base is None else out + act.unsqueeze(1) * base
+        out = phi.mT @ spline  # (I, N, C) @ (I, C, O)
+        if base is not None:
+            out = torch.addcmul(out, act.mT.unsqueeze(2), base.mT.unsqueeze(1))
+        return out.permute(1, 2, 0)
 
     def nodes(self, subnodes: Tensor) -> Tensor:
         """Subnodes (N, sums + 2 * products) to nodes (N, sums + products)."""
@@ -78,23 +74,31 @@ class KANLayer(nn.Module):
         return torch.cat([subnodes[:, : self.sums], factors[:, ::2] * factors[:, 1::2]], 1)
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a layer knows of x without its parameters: splines (N, I, C), and act(x) (N, I) with a base term."""
-        lo, hi = self.linear.grid.to(x.dtype).unbind(-1)
+        """What a layer knows of x without its parameters: splines (I, C, N), and act(x) (N, I) with a base term."""
+        t, _ = self._position(x)
+        return _Basis.apply(t, 0, self.linear.num_basis, self.linear.spline_order), self._act(x)
+
+    def _position(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """t = (x - lo) / h (I, N), and 1 / h (I, 1). Without a base term outside takes the closest point of the grid."""
+        lo, hi = self.linear.grid.to(x.dtype).unsqueeze(-1).unbind(1)
+        inverse_width = self.linear.grid_size / (hi - lo)
+        x = x.mT.contiguous()
         if self.linear.base_weight is None:
-            x, act = x.clamp(lo, hi), None
-        else:
-            act = torch_kan.activation(x, self.linear.base_activation)
-        t = (x - lo) * (self.linear.grid_size / (hi - lo))
-        return _Basis.apply(t, 0, self.linear.num_basis, self.linear.spline_order), act
+            x = x.clamp(lo, hi)
+        return (x - lo).mul(inverse_width), inverse_width
+
+    def _act(self, x: Tensor) -> Tensor | None:
+        name = self.linear.base_activation
+        return None if name is None else torch_kan.activation(x, name)
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         """Masked weights: splines (I, C, O) and base (O, I)."""
         linear, mask = self.linear, self.edge_mask
-        spline = linear.spline_weight.unflatten(0, (linear.in_features, -1)) * mask.mT.unsqueeze(1)
+        spline = linear.spline_weight.view(linear.in_features, linear.num_basis, -1) * mask.mT.unsqueeze(1)
         return spline, None if linear.base_weight is None else linear.base_weight * mask
 
-    def _fused(self, x: Tensor, spline: Tensor, base: Tensor | None) -> Tensor:
-        linear = self.linear
+    def _fused(self, x: Tensor) -> Tensor:
+        linear, (spline, base) = self.linear, self._weights()
         return kan_linear(
             x if base is not None else x.clamp(*linear.grid.to(x.dtype).unbind(-1)),
             spline.flatten(0, 1),
@@ -263,8 +267,54 @@ class KAN(nn.Module):
         return f"width={self.width}"
 
 
+class _Dense(torch.autograd.Function):
+    """A layer's subnodes, with the basis written down: one node in the graph, where operations cost more than numbers.
+
+    dW = Phi^T dy,    dx_i = sum_c (dy W^T)_ic B'_c(x_i) + act'(x_i) (dy W_base)_i
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, spline_weight: Tensor, base_weight: Tensor | None, layer: KANLayer, features) -> Tensor:
+        slopes = inverse_width = None
+        if features is None:
+            t, inverse_width = layer._position(x)
+            phi, slopes = _splines(t, 0, layer.linear.num_basis, layer.linear.spline_order, ctx.needs_input_grad[0])
+            act = layer._act(x)
+        else:
+            phi, act = features
+        spline, base = layer._weights()
+        spline, phi = spline.flatten(0, 1), phi.flatten(0, 1)
+        ctx.layer = layer
+        ctx.save_for_backward(x, phi, slopes, act, spline, base, inverse_width)
+        y = phi.mT @ spline
+        return y if base is None else y.addmm_(act, base.mT)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, phi, slopes, act, spline, base, inverse_width = ctx.saved_tensors
+        linear, mask, needs = ctx.layer.linear, ctx.layer.edge_mask, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: the same through operations that can be differentiated again
+            y = ctx.layer.edges(x).sum(-1)
+            primals = [p for p, need in zip((x, linear.spline_weight, linear.base_weight), needs) if need]
+            gradients = iter(torch.autograd.grad(y, primals, dy, create_graph=True))
+            return *(next(gradients) if need else None for need in needs[:3]), None, None
+        dx = dspline = dbase = None
+        if needs[1]:
+            dspline = (phi @ dy).view(x.shape[1], -1, dy.shape[1]).mul_(mask.mT.unsqueeze(1)).flatten(0, 1)
+        if needs[2]:
+            dbase = (dy.mT @ act).mul_(mask)
+        if needs[0]:
+            dx = (spline @ dy.mT).view_as(slopes).mul_(slopes).sum(1).mul_(inverse_width).mT
+            if base is None:
+                lo, hi = linear.grid.to(x.dtype).unbind(-1)
+                dx = dx * ((x >= lo) & (x <= hi))
+            else:
+                dx = dx + torch_kan._activation_backward(dy @ base, x, linear.base_activation)
+        return dx, dspline, dbase, None, None
+
+
 class _Basis(torch.autograd.Function):
-    """B_c(t), c = first .. first + count - 1, t in grid intervals: (N, I) to (N, I, count), differentiable for ever.
+    """B_c(t), c = first .. first + count - 1, t in grid intervals: (I, N) to (I, count, N), differentiable for ever.
 
     B_c(t) = M_k(t - c - (1 - k) / 2) has the derivative b_{c-1}(t) - b_c(t), b the splines of order k - 1 with the same
     indices: a backward that is itself to be differentiated is this function at order k - 1. One that is not uses the
@@ -273,13 +323,8 @@ class _Basis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t: Tensor, first: int, count: int, order: int) -> Tensor:
-        centre = torch.arange(first, first + count, dtype=t.dtype, device=t.device) + (1 - order) / 2
-        s = t.unsqueeze(-1) - centre
+        values, slopes = _splines(t, first, count, order, ctx.needs_input_grad[0])
         ctx.settings = first, count, order
-        if order == 0:
-            ctx.save_for_backward(t, None)
-            return ((s >= -0.5) & (s < 0.5)).to(t.dtype)
-        values, slopes = torch_kan._cardinal(s, order, ctx.needs_input_grad[0])
         ctx.save_for_backward(t, slopes)
         return values
 
@@ -291,8 +336,17 @@ class _Basis(torch.autograd.Function):
             return torch.zeros_like(t), None, None, None
         if torch.is_grad_enabled():  # create_graph=True
             lower = _Basis.apply(t, first - 1, count + 1, order - 1)
-            return (F.pad(dy, (1, 1)).diff() * lower).sum(-1), None, None, None
-        return (dy * slopes).sum(-1), None, None, None
+            return (F.pad(dy, (0, 0, 1, 1)).diff(dim=1) * lower).sum(1), None, None, None
+        return (dy * slopes).sum(1), None, None, None
+
+
+def _splines(t: Tensor, first: int, count: int, order: int, slopes: bool) -> tuple[Tensor, Tensor | None]:
+    """B_c(t) and, if asked, dB_c / dt: (I, count, N) each."""
+    centre = torch.arange(first, first + count, dtype=t.dtype, device=t.device) + (1 - order) / 2
+    s = t.unsqueeze(1) - centre.unsqueeze(1)
+    if order == 0:
+        return ((s >= -0.5) & (s < 0.5)).to(t.dtype), None
+    return torch_kan._cardinal(s, order, slopes)
 
 
 def _like(linear: KANLinear) -> dict:

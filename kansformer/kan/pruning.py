@@ -1,7 +1,7 @@
 """What an edge and a node contribute, and the smaller network without those that contribute little.
 
-Attribution scores (KAN 2.0, Liu et al. 2024, arXiv:2408.10205, section 4.1): with E_ji the standard deviation of edge
-i -> j over the samples and N_j that of the subnode it ends in, scores flow back from the outputs, where A = 1:
+Attribution scores (KAN 2.0, Liu et al. 2024, arXiv:2408.10205): with E_ji the standard deviation of edge i -> j over
+the samples and N_j that of the subnode it ends in, scores flow back from the outputs, where A = 1:
 
     B_ji = A_j * E_ji / N_j    (edges),    A_i = sum_j B_ji    (nodes)
 
