@@ -17,7 +17,13 @@ ALLOWED = {
     "kansformer.layers": {"kansformer.splines", "kansformer.kernels", "kansformer.functional"},
     "kansformer.kan": {"kansformer.splines", "kansformer.kernels", "kansformer.functional", "kansformer.layers"},
     "kansformer.models": {"kansformer.splines", "kansformer.functional", "kansformer.layers"},
+    "kansformer.sources": {"kansformer.models"},
+    "kansformer.convert": {"kansformer.layers", "kansformer.models", "kansformer.sources"},
+    "kansformer.kanify": {"kansformer.layers"},
+    "kansformer.__main__": set(),
 }
+
+USERS_OF_TRANSFORMERS = ("convert.py", "sources.py", "kanify.py")
 
 
 def room(module: str) -> str:
@@ -62,7 +68,7 @@ def test_heavy_imports_stay_in_their_rooms():
         top = {m.split(".")[0] for m in imports(path)}
         name = path.relative_to(ROOT / "kansformer").as_posix()
         assert "triton" not in top or name.startswith("kernels/triton"), name
-        assert "transformers" not in top or name.startswith("models/"), name
+        assert "transformers" not in top or name.startswith("models/") or name in USERS_OF_TRANSFORMERS, name
 
 
 def test_import_has_no_side_effects():
