@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 import zlib
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def _tokenize(
     dtype = np.dtype("uint16" if max(backend.get_vocab().values()) < 1 << 16 else "uint32")
     writers = {side: _ShardWriter(folder, side, dtype, shard_tokens) for side in SIDES}
     stream = corpus.pieces()
+    done = 0  # bytes of the source
     try:
         with tqdm(
             desc=f"tokenising {corpus.source}", total=corpus.size, unit="B", unit_scale=True, disable=not progress
@@ -97,7 +99,8 @@ def _tokenize(
                         writer.write(np.array([eos_token_id], dtype))
                     writer.write(np.array(encoding.ids, dtype))
                     writer.num_bytes += len(text.encode())
-                bar.update(corpus.position - bar.n)
+                bar.update(corpus.position - done)
+                done = corpus.position
         for side, writer in writers.items():
             if writer.num_bytes == 0:
                 raise ValueError(
@@ -111,8 +114,7 @@ def _tokenize(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         written = dtype.itemsize * sum(writer.num_tokens for writer in writers.values())
-        share = corpus.position / corpus.size if corpus.size and corpus.position else None
-        needed = f"about {written / share:,.0f}" if share else f"more than {written:,}"
+        needed = f"about {written / done * corpus.size:,.0f}" if corpus.size and done else f"more than {written:,}"
         raise OSError(
             error.errno,
             f"no room for the tokens of {corpus.source!r}: {needed} bytes are needed, {written:,} were written before "
@@ -122,7 +124,8 @@ def _tokenize(
         ) from error
     finally:
         for writer in writers.values():
-            writer.close()
+            with suppress(OSError):  # of a full disk, once more
+                writer.close()
 
 
 class _ShardWriter:
