@@ -20,10 +20,12 @@ ALLOWED = {
     "kansformer.sources": {"kansformer.models"},
     "kansformer.convert": {"kansformer.layers", "kansformer.models", "kansformer.sources"},
     "kansformer.kanify": {"kansformer.layers"},
+    "kansformer.inspect": {"kansformer.splines", "kansformer.kernels", "kansformer.layers", "kansformer.kan"},
+    "kansformer.prune": {"kansformer.splines", "kansformer.kernels", "kansformer.layers", "kansformer.inspect"},
     "kansformer.__main__": set(),
 }
 
-USERS_OF_TRANSFORMERS = ("convert.py", "sources.py", "kanify.py")
+USERS_OF_TRANSFORMERS = ("convert.py", "sources.py", "kanify.py", "inspect/loading.py")
 
 
 def room(module: str) -> str:

@@ -1,0 +1,60 @@
+"""Edge functions of a language model as formulas c * f(a x + b) + d, where one fits."""
+
+import torch
+from torch import Tensor
+
+from kansformer.inspect.measure import BINS, MARGIN, EdgeStatistics, edge_curves
+from kansformer.kan import symbolic_fit
+from kansformer.kan.formula import round_constants
+from kansformer.kan.library import LIBRARY
+
+# What a reader knows at sight, plainest first: a later one must explain SIMPLER times more of what is left.
+NAMES = ("x", "x^2", "abs", "x^3", "exp", "sin", "tanh", "gaussian")
+SIMPLER = 0.5
+SAMPLES = 256
+
+
+def formulas(statistics: EdgeStatistics, edges: Tensor) -> list[str]:
+    """The library function that fits each edge best on the text, as "0.3 tanh(x - 1) (R² 0.98)".
+
+    Samples are quantiles of the input's density, so that a fit counts where the text is.
+
+    Args:
+        statistics: of a layer.
+        edges: (E, 2), input and output of each.
+    Raises:
+        ImportError: without sympy.
+    """
+    try:
+        import sympy
+    except ImportError as error:
+        raise ImportError('formulas need sympy: pip install "kansformer[science]", or --no-formulas') from error
+    x = quantiles(statistics, edges[:, 0], SAMPLES)
+    y = edge_curves(statistics.layer, edges, x)
+    r2, affine = symbolic_fit.fit(x.mT, y.mT, list(NAMES))
+    found = []
+    for scores, parameters in zip(r2.tolist(), affine.tolist()):
+        best = 0
+        for index, score in enumerate(scores):
+            if 1 - score < SIMPLER * (1 - scores[best]):
+                best = index
+        a, b, c, d = parameters[best]
+        expression = c * LIBRARY[NAMES[best]].sympy(sympy, a * sympy.Symbol("x") + b) + d
+        written = str(round_constants(expression, 3)).replace("**", "^").replace("*", " ")
+        found.append(f"{written} (R²\u00a0{scores[best]:.2f})")
+    return found
+
+
+def quantiles(statistics: EdgeStatistics, inputs: Tensor, count: int) -> Tensor:
+    """(E, count) float64: evenly spaced quantiles of the inputs' densities, linear within a bin."""
+    density = statistics.density[inputs].double()
+    steps = torch.nn.functional.pad(density.cumsum(-1), (1, 0))
+    steps = steps / steps[:, -1:]
+    level = (torch.arange(count, dtype=torch.float64, device=density.device) + 0.5) / count
+    level = level.expand(len(inputs), -1).contiguous()
+    place = torch.searchsorted(steps, level).clamp(1, BINS)
+    below, above = steps.gather(1, place - 1), steps.gather(1, place)
+    within = (level - below) / (above - below).clamp_min(torch.finfo(torch.float64).tiny)
+    unit = (place - 1 + within) / BINS * (1 + 2 * MARGIN) - MARGIN
+    lo, hi = statistics.layer.grid[inputs].double().unsqueeze(-1).unbind(1)
+    return lo + (hi - lo) * unit
