@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kansformer.functional import kan_linear
-from kansformer.kan import fitting, pruning, storage
+from kansformer.kan import fitting, formula, pruning, storage, symbolic
 from kansformer.kernels import torch_kan
 from kansformer.layers import KANLinear
 
@@ -36,6 +36,7 @@ class KANLayer(nn.Module):
 
     Attributes:
         linear: the KANLinear.
+        symbolic: the SymbolicEdges; where it has a function, the spline is silent and gets no gradient.
         edge_mask: (O, I) buffer, 1 where the edge is alive; a pruned edge is exactly 0 and gets no gradient.
     """
 
@@ -43,7 +44,9 @@ class KANLayer(nn.Module):
         super().__init__()
         self.sums, self.products = sums, products
         self.linear = KANLinear(in_features, sums + 2 * products, **options)
-        self.register_buffer("edge_mask", torch.ones(self.linear.out_features, in_features, **_like(self.linear)))
+        factory = {"dtype": self.linear.spline_weight.dtype, "device": self.linear.spline_weight.device}
+        self.symbolic = symbolic.SymbolicEdges(in_features, self.linear.out_features, **factory)
+        self.register_buffer("edge_mask", torch.ones(self.linear.out_features, in_features, **factory))
 
     @property
     def out_features(self) -> int:
@@ -54,17 +57,26 @@ class KANLayer(nn.Module):
         """x (N, I) to nodes (N, sums + products); `features`, where x was seen before, is `self.features(x)`."""
         linear = self.linear
         if features is None and x.numel() * linear.num_basis * x.element_size() > DENSE_BYTES:
-            return self.nodes(self._fused(x))
-        return self.nodes(_Dense.apply(x, linear.spline_weight, linear.base_weight, self, features))
+            subnodes = self._fused(x)
+        else:
+            subnodes = _Dense.apply(x, linear.spline_weight, linear.base_weight, self, features, False)
+        if self.symbolic.groups():
+            subnodes = subnodes + (self.symbolic(x) * self.edge_mask).sum(-1)
+        return self.nodes(subnodes)
 
-    def edges(self, x: Tensor, features: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+    def edges(self, x: Tensor) -> Tensor:
         """The output of every edge: x (N, I) to (N, O, I). `nodes(edges(x).sum(-1))` is `forward(x)`."""
-        spline, base = self._weights()
-        phi, act = self.features(x) if features is None else features
-        out = phi.mT @ spline  # (I, N, C) @ (I, C, O)
-        if base is not None:
-            out = torch.addcmul(out, act.mT.unsqueeze(2), base.mT.unsqueeze(1))
-        return out.permute(1, 2, 0)
+        out = _edges(*self.features(x), *self._weights()).permute(1, 2, 0)
+        return out + self.symbolic(x) * self.edge_mask if self.symbolic.groups() else out
+
+    def scaled(self, x: Tensor, features: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
+        """`forward(x)`, and the mean magnitude of every edge over the rows, (O, I)."""
+        if self.symbolic.groups():
+            edges = self.edges(x)
+            return self.nodes(edges.sum(-1)), edges.abs().mean(0)
+        linear = self.linear
+        subnodes, scale = _Dense.apply(x, linear.spline_weight, linear.base_weight, self, features, True)
+        return self.nodes(subnodes), scale
 
     def nodes(self, subnodes: Tensor) -> Tensor:
         """Subnodes (N, sums + 2 * products) to nodes (N, sums + products)."""
@@ -79,7 +91,7 @@ class KANLayer(nn.Module):
         return _Basis.apply(t, 0, self.linear.num_basis, self.linear.spline_order), self._act(x)
 
     def _position(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """t = (x - lo) / h (I, N), and 1 / h (I, 1). Without a base term outside takes the closest point of the grid."""
+        """t = (x - lo) / h (I, N), and 1 / h (I, 1). Without a base term, outside is the closest point of the grid."""
         lo, hi = self.linear.grid.to(x.dtype).unsqueeze(-1).unbind(1)
         inverse_width = self.linear.grid_size / (hi - lo)
         x = x.mT.contiguous()
@@ -93,9 +105,15 @@ class KANLayer(nn.Module):
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         """Masked weights: splines (I, C, O) and base (O, I)."""
-        linear, mask = self.linear, self.edge_mask
+        linear, mask = self.linear, self._spline_mask()
         spline = linear.spline_weight.view(linear.in_features, linear.num_basis, -1) * mask.mT.unsqueeze(1)
         return spline, None if linear.base_weight is None else linear.base_weight * mask
+
+    def _spline_mask(self) -> Tensor:
+        """(O, I), 1 where the edge is alive and its spline speaks."""
+        if not self.symbolic.groups():
+            return self.edge_mask
+        return self.edge_mask * (self.symbolic.function == symbolic.SPLINE)
 
     def _fused(self, x: Tensor) -> Tensor:
         linear, (spline, base) = self.linear, self._weights()
@@ -206,6 +224,11 @@ class KAN(nn.Module):
     evaluate = fitting.evaluate
     importance = pruning.importance
     prune = pruning.prune
+    suggest_symbolic = symbolic.suggest_symbolic
+    fix_symbolic = symbolic.fix_symbolic
+    unfix_symbolic = symbolic.unfix_symbolic
+    auto_symbolic = symbolic.auto_symbolic
+    symbolic_formula = formula.symbolic_formula
     save = storage.save
 
     @classmethod
@@ -274,8 +297,8 @@ class _Dense(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, spline_weight: Tensor, base_weight: Tensor | None, layer: KANLayer, features) -> Tensor:
-        slopes = inverse_width = None
+    def forward(ctx, x, spline_weight, base_weight, layer: KANLayer, features, scaled: bool):
+        slopes = inverse_width = edges = None
         if features is None:
             t, inverse_width = layer._position(x)
             phi, slopes = _splines(t, 0, layer.linear.num_basis, layer.linear.spline_order, ctx.needs_input_grad[0])
@@ -283,34 +306,58 @@ class _Dense(torch.autograd.Function):
         else:
             phi, act = features
         spline, base = layer._weights()
-        spline, phi = spline.flatten(0, 1), phi.flatten(0, 1)
-        ctx.layer = layer
-        ctx.save_for_backward(x, phi, slopes, act, spline, base, inverse_width)
-        y = phi.mT @ spline
+        ctx.layer, ctx.scaled = layer, scaled
+        if scaled:
+            edges = _edges(phi, act, spline, base)
+        ctx.save_for_backward(x, phi, slopes, act, spline, base, inverse_width, edges)
+        if scaled:
+            return edges.sum(0), edges.abs().mean(1).mT
+        y = phi.flatten(0, 1).mT @ spline.flatten(0, 1)
         return y if base is None else y.addmm_(act, base.mT)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, phi, slopes, act, spline, base, inverse_width = ctx.saved_tensors
-        linear, mask, needs = ctx.layer.linear, ctx.layer.edge_mask, ctx.needs_input_grad
+    def backward(ctx, dy: Tensor, dscale: Tensor | None = None):
+        x, phi, slopes, act, spline, base, inverse_width, edges = ctx.saved_tensors
+        layer, needs = ctx.layer, ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the same through operations that can be differentiated again
-            y = ctx.layer.edges(x).sum(-1)
-            primals = [p for p, need in zip((x, linear.spline_weight, linear.base_weight), needs) if need]
-            gradients = iter(torch.autograd.grad(y, primals, dy, create_graph=True))
-            return *(next(gradients) if need else None for need in needs[:3]), None, None
+            edges = _edges(*layer.features(x), *layer._weights())
+            outputs = (edges.sum(0), edges.abs().mean(1).mT) if ctx.scaled else edges.sum(0)
+            primals = (x, layer.linear.spline_weight, layer.linear.base_weight)
+            primals = [p for p, need in zip(primals, needs) if need]
+            gradients = torch.autograd.grad(outputs, primals, (dy, dscale) if ctx.scaled else dy, create_graph=True)
+            gradients = iter(gradients)
+            return *(next(gradients) if need else None for need in needs[:3]), None, None, None
         dx = dspline = dbase = None
+        if ctx.scaled:  # every edge has its own gradient: (I, N, O)
+            dedges = torch.addcmul(dy, edges.sign(), dscale.mT.unsqueeze(1), value=1 / len(x))
+            phi_dy = phi @ dedges if needs[1] else None
+            act_dy = (act.mT.unsqueeze(1) @ dedges).squeeze(1).mT if needs[2] else None
+            dphi = spline @ dedges.mT if needs[0] else None
+            dact = (dedges @ base.mT.unsqueeze(2)).squeeze(2).mT if needs[0] and base is not None else None
+        else:
+            phi_dy = (phi.flatten(0, 1) @ dy).view_as(spline) if needs[1] else None
+            act_dy = dy.mT @ act if needs[2] else None
+            dphi = (spline.flatten(0, 1) @ dy.mT).view_as(slopes) if needs[0] else None
+            dact = dy @ base if needs[0] and base is not None else None
+        mask = layer._spline_mask()
         if needs[1]:
-            dspline = (phi @ dy).view(x.shape[1], -1, dy.shape[1]).mul_(mask.mT.unsqueeze(1)).flatten(0, 1)
+            dspline = phi_dy.mul_(mask.mT.unsqueeze(1)).flatten(0, 1)
         if needs[2]:
-            dbase = (dy.mT @ act).mul_(mask)
+            dbase = act_dy * mask
         if needs[0]:
-            dx = (spline @ dy.mT).view_as(slopes).mul_(slopes).sum(1).mul_(inverse_width).mT
+            dx = dphi.mul_(slopes).sum(1).mul_(inverse_width).mT
             if base is None:
-                lo, hi = linear.grid.to(x.dtype).unbind(-1)
+                lo, hi = layer.linear.grid.to(x.dtype).unbind(-1)
                 dx = dx * ((x >= lo) & (x <= hi))
             else:
-                dx = dx + torch_kan._activation_backward(dy @ base, x, linear.base_activation)
-        return dx, dspline, dbase, None, None
+                dx = dx + torch_kan._activation_backward(dact, x, layer.linear.base_activation)
+        return dx, dspline, dbase, None, None, None
+
+
+def _edges(phi: Tensor, act: Tensor | None, spline: Tensor, base: Tensor | None) -> Tensor:
+    """Spline edges (I, N, O) of splines (I, C, N), act(x) (N, I) and masked weights (I, C, O), (O, I)."""
+    out = phi.mT @ spline
+    return out if base is None else torch.addcmul(out, act.mT.unsqueeze(2), base.mT.unsqueeze(1))
 
 
 class _Basis(torch.autograd.Function):
@@ -347,10 +394,6 @@ def _splines(t: Tensor, first: int, count: int, order: int, slopes: bool) -> tup
     if order == 0:
         return ((s >= -0.5) & (s < 0.5)).to(t.dtype), None
     return torch_kan._cardinal(s, order, slopes)
-
-
-def _like(linear: KANLinear) -> dict:
-    return {"dtype": linear.spline_weight.dtype, "device": linear.spline_weight.device}
 
 
 def _check_width(width: Sequence[int | Sequence[int]]) -> list[list[int]]:
