@@ -65,8 +65,8 @@ def symbolic_formula(
     for layer in model.layers:
         nodes = _layer_expressions(layer, nodes, sp)
     if simplify:
-        nodes = _simplified(nodes, timeout)
-    return nodes if digits is None else [round_constants(node, digits) for node in nodes]
+        return _simplified(nodes, digits, timeout)
+    return [_rounded(node, digits) for node in nodes]
 
 
 def round_constants(expression: "sympy.Expr", digits: int) -> "sympy.Expr":
@@ -110,20 +110,24 @@ def _layer_expressions(layer: "KANLayer", nodes: "list[sympy.Expr]", sp: Any) ->
     return subnodes[: layer.sums] + [p * q for p, q in zip(factors[::2], factors[1::2])]
 
 
-def _simplified(nodes: "list[sympy.Expr]", timeout: float) -> "list[sympy.Expr]":
+def _rounded(node: "sympy.Expr", digits: int | None) -> "sympy.Expr":
+    return node if digits is None else round_constants(node, digits)
+
+
+def _simplified(nodes: "list[sympy.Expr]", digits: int | None, timeout: float) -> "list[sympy.Expr]":
     sp, done = _sympy(), []
     try:
         with _deadline(timeout):
             for node in nodes:
                 # exp(u + 0.3) is expanded to 1.35 exp(u) and, where u is a sum, joined again.
                 tidy = sp.powsimp(sp.expand(node), deep=True, combine="exp")
-                done.append(min(node, tidy, key=lambda e: e.count_ops()))
+                done.append(min(_rounded(tidy, digits), _rounded(node, digits), key=lambda e: e.count_ops()))
     except TimeoutError:
         warnings.warn(
             f"simplifying output {len(done)} took more than timeout={timeout:g} s; it and those after it stay as built",
             stacklevel=3,
         )
-    return done + nodes[len(done) :]
+    return done + [_rounded(node, digits) for node in nodes[len(done) :]]
 
 
 @contextlib.contextmanager
@@ -158,7 +162,12 @@ def _warn_domains(model: "KAN") -> None:
 
 def _replace_floats(expression: "sympy.Expr", change: Any) -> "sympy.Expr":
     sp = _sympy()
-    return expression.xreplace({value: change(float(value)) for value in expression.atoms(sp.Float)})
+    for _ in range(8):  # a constant that goes may let two others meet: (1.0002 y + 0)^2
+        before = expression
+        expression = before.xreplace({value: change(float(value)) for value in before.atoms(sp.Float)})
+        if expression == before:
+            break
+    return expression
 
 
 def _sympy() -> Any:
