@@ -1,6 +1,8 @@
-"""Nothing lost when something breaks: kills, signals, damaged checkpoints, and other numbers of processes."""
+"""Nothing lost when something breaks: kills, signals, damaged checkpoints, full disks, other numbers of processes."""
 
-import os
+import errno
+import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -9,11 +11,13 @@ import time
 from pathlib import Path
 
 import checkpoint
+import psutil
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
 from accelerate.state import AcceleratorState
-from settings import Settings
-from training import ROOT, assert_same_run, command, lines
+from settings import Settings, check_world
+from training import ROOT, assert_same_run, command, finish, launch, lines, tensors
 
 import train
 
@@ -35,34 +39,106 @@ def _fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def straight(workplace):
-    """A run of 60 steps that nothing disturbed, with every checkpoint kept."""
-    output = workplace / "straight"
-    results = train.main(command(workplace, output, steps=60, keep_checkpoints=9))
+    """100 steps that nothing disturbed, in this process, on one thread, with every checkpoint kept."""
+    output, threads = workplace / "straight", torch.get_num_threads()
+    torch.set_num_threads(1)  # sums are split by threads: launched runs have one too
+    train.main(command(workplace, output, steps=100, keep_checkpoints=99, micro_batch_size=4))
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
-    return output, results
+    return output
 
 
-def test_resume_is_exact(workplace, straight, tmp_path):
-    """What a kill after step 30 leaves, resumed: bit-equal to the run that was not killed."""
-    (tmp_path / "checkpoints").mkdir()
-    shutil.copytree(straight[0] / "checkpoints/step-00000030", tmp_path / "checkpoints/step-00000030")
-    first = (straight[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(first[:40]) + '{"step": 38, "lo')  # lines past 30, one cut short
-    train.main(command(workplace, tmp_path, steps=60, keep_checkpoints=9))
-    assert_same_run(straight[0], tmp_path)
+@pytest.fixture(scope="module")
+def two(workplace):
+    """The same 100 steps by two processes, with four sequences accumulated in each."""
+    arguments = command(workplace, workplace / "two", steps=100, keep_checkpoints=99, micro_batch_size=1, processes=2)
+    out, _ = finish(launch(arguments, processes=2))
+    assert "2 process(es) (MULTI_CPU)" in out
+    return workplace / "two"
 
 
-def test_kill_and_resume(workplace, straight, tmp_path):
-    script = [sys.executable, str(ROOT / "train/train.py")]
-    arguments = command(workplace, tmp_path, steps=60, keep_checkpoints=9)
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are split by threads: the same number
-    process = subprocess.Popen([*script, *arguments], stderr=subprocess.DEVNULL, env=os.environ | threads)
-    while not (tmp_path / "checkpoints/step-00000010").exists() and process.poll() is None:
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start_from(source: Path, step: int, output: Path) -> None:
+    """What a run that was killed after `step` left behind: that checkpoint, and a log that went further."""
+    name = f"step-{step:08d}"
+    shutil.copytree(source / "checkpoints" / name, output / "checkpoints" / name)
+    whole = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    after = next(i for i, line in enumerate(whole) if json.loads(line)["step"] > step)
+    (output / "metrics.jsonl").write_text("".join(whole[: after + 3]) + '{"step": 99, "lo')  # the last line cut short
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_after_50_of_100_steps_and_resumed(workplace, straight, two, tmp_path, processes):
+    micro_batch = {1: 4, 2: 1}[processes]
+    settings = {"steps": 100, "keep_checkpoints": 99, "micro_batch_size": micro_batch, "processes": processes}
+    arguments = command(workplace, tmp_path, **settings)
+    process = launch(arguments, processes)
+    while not (tmp_path / "checkpoints/step-00000050").exists() and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    for victim in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        victim.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train.main(arguments)
-    assert_same_run(straight[0], tmp_path)
+    process.communicate()
+    assert not (tmp_path / "results.json").exists()
+    out, _ = finish(launch(arguments, processes))
+    assert "from step 50 to 100" in out
+    assert_same_run(straight if processes == 1 else two, tmp_path)
+
+
+def test_a_resumed_run_trims_the_log_to_its_checkpoint(workplace, straight, tmp_path):
+    start_from(straight, 70, tmp_path)
+    train.main(command(workplace, tmp_path, steps=100, keep_checkpoints=99, micro_batch_size=4))
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.slow
+def test_kill_tally(tmp_path):
+    options = ["--kills", "3", "--processes", "1", "--steps", "150", "--save_every", "10", "--output", str(tmp_path)]
+    script = [sys.executable, str(ROOT / "benchmarks/kill_tally.py")]
+    run = subprocess.run([*script, *options], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads((tmp_path / "kill_tally.json").read_text())
+    rows = result["tallies"][0]["rows"]
+    assert len(rows) == 3
+    assert any(row["aimed"] for row in rows)
+    assert all(row["lost"] <= 10 for row in rows)
+    assert result["tallies"][0]["equal"]["steps"] == 150
+    assert result["environment"]["commit"] in (tmp_path / "kill_tally.md").read_text()
+
+
+def test_the_tally_sees_one_changed_number(straight, tmp_path, monkeypatch):
+    """The negative control of its comparison: a log, then a weight, that differ in one place."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import kill_tally
+
+    shutil.copytree(straight, tmp_path / "copy")
+    assert kill_tally.differences(straight, tmp_path / "copy") == []
+    changed = (tmp_path / "copy/metrics.jsonl").read_text().replace('"lr": 0.0006', '"lr": 0.0007')
+    (tmp_path / "copy/metrics.jsonl").write_text(changed)
+    assert kill_tally.differences(straight, tmp_path / "copy") == ["lr is logged differently"]
+    load = kill_tally.load_file
+
+    def perturbed(path):
+        found = load(path)
+        if path.is_relative_to(tmp_path) and path.name == "model.safetensors":
+            found["model.norm.weight"][0] += 1e-7
+        return found
+
+    monkeypatch.setattr(kill_tally, "load_file", perturbed)
+    assert "model.norm.weight of model.safetensors" in kill_tally.differences(straight, tmp_path / "copy")
+
+
+# Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -74,7 +150,7 @@ def test_a_signal_saves_and_exits_with_its_own_code(workplace, straight, tmp_pat
             signal.raise_signal(number)
         return rate(settings, step)
 
-    arguments = command(workplace, tmp_path, steps=60, keep_checkpoints=9)
+    arguments = command(workplace, tmp_path, steps=100, keep_checkpoints=99, micro_batch_size=4)
     handler = signal.getsignal(number)
     monkeypatch.setattr(train, "learning_rate", interrupt)
     with pytest.raises(SystemExit) as stop:
@@ -84,7 +160,7 @@ def test_a_signal_saves_and_exits_with_its_own_code(workplace, straight, tmp_pat
     assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000034"
     monkeypatch.undo()
     train.main(arguments)
-    assert_same_run(straight[0], tmp_path)
+    assert_same_run(straight, tmp_path)
 
 
 def test_time_limit_saves_and_stops(workplace, tmp_path):
@@ -93,11 +169,50 @@ def test_time_limit_saves_and_stops(workplace, tmp_path):
     assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000001"
 
 
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(workplace, straight, tmp_path, monkeypatch):
+    write = checkpoint._write
+
+    def interrupt(folder, *rest):
+        if folder.name == "step-00000030":
+            signal.raise_signal(signal.SIGTERM)
+        write(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write", interrupt)
+    with pytest.raises(SystemExit):
+        train.main(command(workplace, tmp_path, steps=100))
+    names = [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert names[-2:] == ["step-00000030", "step-00000031"]
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000031"
+
+
+def test_two_processes_save_and_stop_on_a_signal_to_one(workplace, two, tmp_path):
+    arguments = command(workplace, tmp_path, steps=100, keep_checkpoints=99, micro_batch_size=4, processes=2)
+    process = launch(arguments, processes=2)
+    while len(lines(tmp_path, "loss") if (tmp_path / "metrics.jsonl").exists() else ()) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+    ranks[-1].send_signal(signal.SIGTERM)
+    _, err = finish(process, code=1)  # torchrun's own
+    assert "exitcode  : 75" in err
+    stopped = checkpoint.read_state(checkpoint.newest(tmp_path / "checkpoints"))["step"]
+    assert stopped == max(lines(tmp_path, "loss")) < 100
+
+
+# Damage
+
+
 def damage(file: str, how: str):
     def apply(folder: Path) -> None:
         data = bytearray((folder / file).read_bytes())
         if how == "missing":
             (folder / file).unlink()
+            return
+        if how == "garbage":
+            data = b'[1, "no state"]'
+        if how == "folder":
+            (folder / file).unlink()
+            (folder / file).mkdir()
             return
         if how == "truncated":
             data = data[: len(data) // 2]
@@ -108,27 +223,123 @@ def damage(file: str, how: str):
     return apply
 
 
-@pytest.mark.parametrize(
-    ("file", "how", "reason"),
-    [
-        ("model.safetensors", "truncated", "bytes instead of"),
-        ("optimizer.safetensors", "flipped", "SHA-256"),
-        ("config.json", "missing", "config.json is missing"),
-        ("tokenizer.json", "flipped", "SHA-256"),
-        ("state.json", "truncated", "state.json cannot be read"),
-        ("state.json", "missing", "state.json cannot be read"),
-    ],
-)
-def test_a_damaged_checkpoint_is_skipped_with_the_reason(straight, tmp_path, file, how, reason):
+FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "folder"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(straight, tmp_path, file, how):
     for name in ("step-00000010", "step-00000020"):
-        shutil.copytree(straight[0] / "checkpoints" / name, tmp_path / name)
-    (tmp_path / ".step-00000030.tmp").mkdir()  # what a kill while writing leaves
+        shutil.copytree(straight / "checkpoints" / name, tmp_path / name)
     damage(file, how)(tmp_path / "step-00000020")
     said = []
     assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-00000010"
     assert len(said) == 1
-    assert "step-00000020 is skipped" in said[0]
-    assert reason in said[0]
+    assert f"step-00000020 is skipped: {file} " in said[0]
+
+
+def test_any_flipped_byte_is_seen(straight, tmp_path):
+    """Every file of a checkpoint, at its first, its last and random places; but white space that says the same."""
+    folder = shutil.copytree(straight / "checkpoints/step-00000010", tmp_path / "step-00000010")
+    assert checkpoint._fault(folder) is None
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        places = torch.randint(len(data), (20,), generator=generator).tolist()
+        for place in [0, len(data) - 1, *places]:
+            if not (path.name == checkpoint.STATE and chr(data[place]).isspace()):
+                path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+                assert checkpoint._fault(folder) is not None, f"{path.name}, byte {place}"
+        path.write_bytes(data)
+    assert checkpoint._fault(folder) is None
+
+
+def test_folders_that_are_no_checkpoints_are_skipped(straight, tmp_path, monkeypatch):
+    shutil.copytree(straight / "checkpoints/step-00000010", tmp_path / "step-00000010")
+    shutil.copytree(straight / "checkpoints/step-00000020", tmp_path / "step-00000025")  # renamed by a hand
+    shutil.copytree(straight / "checkpoints/step-00000030", tmp_path / "step-00000030")
+    damage("state.json", "garbage")(tmp_path / "step-00000030")
+    shutil.copytree(straight / "checkpoints/step-00000040", tmp_path / "step-00000040")
+    (tmp_path / "step-00000050").mkdir()
+    (tmp_path / ".step-00000060.tmp").mkdir()  # what a kill while writing leaves
+    load = checkpoint.read_state
+
+    def read(folder):  # root may read anything: tests cannot take the permission away
+        if folder.name == "step-00000040":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder / "state.json"))
+        return load(folder)
+
+    monkeypatch.setattr(checkpoint, "read_state", read)
+    said = []
+    assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-00000010"
+    reasons = [line.rpartition("is skipped: ")[2] for line in said]
+    assert reasons[:3] == [
+        "the run ended while it was written or deleted",
+        "state.json cannot be read (No such file or directory)",
+        "state.json cannot be read (Permission denied)",
+    ]
+    assert reasons[3].startswith("state.json cannot be read (")
+    assert reasons[4] == "it is of step 20"
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_started_anew(workplace, straight, tmp_path):
+    for step in (10, 20):
+        name = f"step-{step:08d}"
+        damage("model.safetensors", "flipped")(
+            shutil.copytree(straight / "checkpoints" / name, tmp_path / "checkpoints" / name)
+        )
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole \(step-00000020: model.*delete them"):
+        train.main(command(workplace, tmp_path, steps=100))
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+
+
+def test_a_broken_newest_does_not_count_as_one_kept(workplace, straight, tmp_path):
+    """Resumed from 10 beside a broken 30, keeping one: what is written at 11 stays, though 30 is newer by name."""
+    for step in (10, 30):
+        start_from(straight, step, tmp_path)
+    damage("optimizer.safetensors", "truncated")(tmp_path / "checkpoints/step-00000030")
+    arguments = {"steps": 100, "keep_checkpoints": 1, "micro_batch_size": 4}
+    with pytest.raises(SystemExit):
+        train.main(command(workplace, tmp_path, **arguments, max_minutes=1e-9))
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000011"
+    train.main(command(workplace, tmp_path, **arguments))
+    left = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert left[-1].name == "step-00000100"
+    assert len(left) <= 2  # the last and the best
+    assert [checkpoint._fault(folder) for folder in left] == [None] * len(left)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(workplace, straight, tmp_path):
+    """Files may grow to 150 kB: the model fits, the optimizer's 220 kB do not."""
+    start_from(straight, 10, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="step 20 cannot be written") as failure:
+            train.main(command(workplace, tmp_path, steps=100, micro_batch_size=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(failure.value)
+    assert str(tmp_path / "checkpoints") in message
+    assert "bytes and" in message
+    assert "are free" in message
+    assert "goes on from step-00000010" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000010"
+    train.main(command(workplace, tmp_path, steps=100, keep_checkpoints=99, micro_batch_size=4))
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_runs_is_taken_over(workplace, tmp_path):
+    arguments = command(workplace, tmp_path, steps=100_000, save_every=1000)
+    first = launch(arguments)
+    while not (tmp_path / "metrics.jsonl").exists() and first.poll() is None:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {first.pid} on "):
+        train.main(arguments)
+    first.kill()
+    first.communicate()
+    train.main(command(workplace, tmp_path, steps=2))
 
 
 def test_old_checkpoints_are_deleted_and_a_finished_run_is_not_repeated(workplace, tmp_path):
@@ -167,44 +378,85 @@ def test_another_runs_folder_is_refused(workplace, tmp_path, settings, message):
 def test_fewer_processes_than_asked_is_an_error(monkeypatch):
     for name in ("WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    train.check_world(Settings(), 1)
+    check_world(Settings(), 1)
     with pytest.raises(ValueError, match="2 processes were asked for and 1 started"):
-        train.check_world(Settings(processes=2), 1)
+        check_world(Settings(processes=2), 1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # as accelerate launch --cpu --num_processes 2 leaves it
     with pytest.raises(ValueError, match=r"several processes were asked for and 1 started.*torchrun"):
-        train.check_world(Settings(), 1)
+        check_world(Settings(), 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were asked for and 1 started"):
-        train.check_world(Settings(), 1)
+        check_world(Settings(), 1)
+    check_world(Settings(), 2, "MULTI_CPU")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_world(Settings(), 2, "FSDP")
+    with pytest.raises(ValueError, match="FSDP was asked for and accelerate gives MULTI_CPU"):
+        check_world(Settings(), 2, "MULTI_CPU")
 
 
-def test_two_processes_equal_one(workplace, tmp_path):
-    """2 processes x 2 accumulated = 1 process x 4 accumulated; a checkpoint of two resumes in two and in one."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    train.main(command(workplace, one, micro_batch_size=2))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    arguments = command(workplace, two, micro_batch_size=2, processes=2, keep_checkpoints=9)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*launch, str(ROOT / "train/train.py"), *arguments], capture_output=True, env=environment)
-    assert run.returncode == 0, run.stderr.decode()[-3000:]
-    assert "2 process(es) (MULTI_CPU)" in run.stdout.decode()
+def test_accelerate_launch_on_cpu_starts_one_process_and_the_run_says_so(workplace, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    arguments = command(workplace, tmp_path)
+    run = subprocess.run([*launcher, str(ROOT / "train/train.py"), *arguments], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "processes were asked for and 1 started; on CPU launch with `torchrun --nproc_per_node" in run.stderr
+    assert not tmp_path.joinpath("metrics.jsonl").exists()
+
+
+def test_the_split_does_not_matter(workplace, two, tmp_path):
+    """1 process x 8 accumulated = 2 processes x 4 accumulated, over 100 steps, to fp32 rounding."""
+    train.main(command(workplace, tmp_path, steps=100, micro_batch_size=1))
     for key in ("loss", "val_loss", "grad_norm"):
-        assert lines(two, key) == pytest.approx(lines(one, key), abs=1e-5)
-    assert lines(two, "tokens") == lines(one, "tokens")
+        assert len(lines(two, key)) >= 10
+        assert lines(two, key) == pytest.approx(lines(tmp_path, key), abs=1e-5)
+    assert lines(two, "tokens") == lines(tmp_path, "tokens")
 
-    again = tmp_path / "again"
-    shutil.copytree(two / "checkpoints/step-00000010", again / "checkpoints/step-00000010")
-    shutil.copy(two / "metrics.jsonl", again)
-    subprocess.run(
-        [*launch, str(ROOT / "train/train.py"), *arguments, f"--output_dir={again}"],
-        capture_output=True,
-        env=environment,
-        check=True,
-    )
-    assert_same_run(two, again)
 
-    resumed = tmp_path / "resumed"
-    shutil.copytree(two / "checkpoints/step-00000010", resumed / "checkpoints/step-00000010")
-    train.main(command(workplace, resumed))
-    late = {step: loss for step, loss in lines(one, "loss").items() if step > 10}
-    assert lines(resumed, "loss") == pytest.approx(late, abs=1e-5)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resuming_with_another_number_of_processes(workplace, straight, two, tmp_path, processes):
+    """2 -> 1 and 1 -> 2."""
+    start_from(two if processes == 1 else straight, 50, tmp_path)
+    out, _ = finish(launch(command(workplace, tmp_path, steps=100, micro_batch_size=4), processes))
+    assert f"{processes} process(es)" in out
+    assert "from step 50 to 100" in out
+    for key in ("loss", "val_loss"):
+        assert lines(tmp_path, key) == pytest.approx(lines(straight, key), abs=1e-5)
+
+
+def fsdp2_environment() -> dict[str, str]:
+    """What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` tells its processes."""
+    file = str(ROOT / "configs/accelerate/fsdp2.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", file, "--num_processes", "2", "train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(arguments)
+    return {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def test_fsdp2_trains_checkpoints_resumes_and_reshards(workplace, straight, tmp_path):
+    """By accelerate's own route in two processes: 2 -> 2 bit-equal; 2 -> 1, 1 -> 2 and the run of one to rounding."""
+    environment = fsdp2_environment() | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert environment["FSDP_VERSION"] == "2"
+
+    def run(output: Path, **settings) -> None:
+        arguments = command(workplace, output, steps=100, keep_checkpoints=99, micro_batch_size=4, **settings)
+        out, _ = finish(launch(arguments, 2, "tests/fsdp_on_cpu.py", **environment))
+        assert "2 process(es) (FSDP) on cpu" in out
+
+    sharded, again, gathered, scattered = (tmp_path / name for name in ("sharded", "again", "gathered", "scattered"))
+    run(sharded)
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert lines(sharded, key) == pytest.approx(lines(straight, key), abs=1e-5)
+    assert {k: v.shape for k, v in tensors(sharded).items()} == {k: v.shape for k, v in tensors(straight).items()}
+
+    start_from(sharded, 50, again)
+    run(again)
+    assert_same_run(sharded, again)
+
+    start_from(sharded, 50, gathered)
+    train.main(command(workplace, gathered, steps=100, micro_batch_size=4))
+    assert lines(gathered, "loss") == pytest.approx(lines(straight, "loss"), abs=1e-5)
+
+    start_from(straight, 50, scattered)
+    run(scattered)
+    assert lines(scattered, "loss") == pytest.approx(lines(straight, "loss"), abs=1e-5)

@@ -1,6 +1,9 @@
 """What the tests of training share: a small run's command, and what it wrote."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +21,25 @@ def command(workplace: Path, output: Path, model="tiny_kan_gated", **settings) -
     values |= {"steps": 20, "warmup_steps": 5, "learning_rate": 3e-3, "log_every": 1, "eval_every": 10}
     values |= {"save_every": 10} | {f"model.{key}": value for key, value in SMALL.items()} | settings
     return [f"--{key}={value}" for key, value in values.items()]
+
+
+def launch(arguments: list[str], processes: int = 1, script: str = "train/train.py", **environment: str):
+    """Start a script as a user does, with torchrun where there are several processes; one thread each."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *(ranks if processes > 1 else []), str(ROOT / script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def finish(process, code: int = 0) -> tuple[str, str]:
+    """What a launched run printed, once it has ended with `code`."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err[-3000:]
+    return out, err
 
 
 def lines(output: Path, key: str) -> dict[int, float]:

@@ -101,6 +101,28 @@ def best(root: Path) -> Path | None:
     return root / json.loads(pointer.read_text())["checkpoint"] if pointer.is_file() else None
 
 
+def resume_from(accelerator, root: Path) -> Path | None:
+    """`newest` as the main process finds it, on every process.
+
+    Raises:
+        ValueError: as `newest` does, or if a process does not see what the main one found.
+    """
+    found, fault = None, None
+    if accelerator.is_main_process:
+        try:
+            found = newest(root)
+        except ValueError as error:
+            fault = str(error)
+    found, fault = broadcast_object_list([found, fault])
+    if fault:
+        raise ValueError(fault)
+    if found is not None and not (found / STATE).is_file():
+        raise ValueError(
+            f"{found} is not to be seen from {platform.node()}: output_dir must lie on a disk that all machines share"
+        )
+    return found
+
+
 def newest(root: Path, say=print) -> Path | None:
     """The newest whole checkpoint under `root`, or None where none was ever finished; what is skipped is said.
 

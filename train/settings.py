@@ -173,7 +173,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
     return config
 
 
-def check_world(settings: Settings, world: int) -> None:
+def check_world(settings: Settings, world: int, kind: str = "NO") -> None:
     """Stop a run that got other processes than were asked for, by setting or by launcher."""
     asked = settings.processes or int(os.environ.get("WORLD_SIZE", world))
     # `accelerate launch --cpu --num_processes 2` sets a rendezvous address, starts one process and says nothing.
@@ -182,6 +182,11 @@ def check_world(settings: Settings, world: int) -> None:
         raise ValueError(
             f"{'several' if silent else asked} processes were asked for and {world} started; on CPU launch with "
             "`torchrun --nproc_per_node N train/train.py ...` (accelerate launch --cpu starts a single process)"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and kind != "FSDP":
+        raise ValueError(
+            f"FSDP was asked for and accelerate gives {kind}: it shards over GPUs only; launch on CPU with "
+            "`torchrun --nproc_per_node N train/train.py ... --device cpu`"
         )
 
 

@@ -86,7 +86,7 @@ class Run:
             project_dir=self.output / "tracker",
         )
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
-        check_world(settings, self.world)
+        check_world(settings, self.world, accelerator.distributed_type.value)
         self.micro_batch, self.accumulation = batch_split(settings, self.world)
 
         # Text
@@ -108,7 +108,7 @@ class Run:
         }
 
         # Model and optimizer, from the newest checkpoint or from the seed
-        self.resumed = checkpoint.newest(self.checkpoints, accelerator.print)
+        self.resumed = checkpoint.resume_from(accelerator, self.checkpoints)
         self.step, self.best = 0, None  # optimizer steps done; the figures of the best evaluation and its step
         set_seed(settings.seed)
         if self.resumed is None:
@@ -306,9 +306,12 @@ class Run:
             self.metrics.log(step, event="warning", alarm=alarm, message=message)
 
     def update_grids(self) -> None:
-        """Fit the grids to the inputs that the coming step's batch gives the layers."""
+        """Fit the grids to the inputs that the layers get on the last step's batch.
+
+        Not on the coming step's: its extreme inputs would lie on the new bounds, where rounding decides their gradient.
+        """
         tokens = self.settings.batch_size * self.settings.sequence_length
-        shares = (inputs for inputs, _ in self.micro_batches(self.batches, self.step))
+        shares = (inputs for inputs, _ in self.micro_batches(self.batches, max(self.step - 1, 0)))
         update_grids(self.bare_model, self.adamw, shares, tokens, self.settings.grid_update_spread)
         self.metrics.log(self.step, event="grid_update")
 
@@ -324,19 +327,22 @@ class Run:
         total, count = self.accelerator.reduce(nats).tolist()
         assert count == self.val_batches.num_targets, f"{count} of {self.val_batches.num_targets} targets evaluated"
         figures = {"val_loss": total / count, "val_bits_per_byte": bits_per_byte(total, self.val_text.num_bytes)}
-        if hasattr(self.bare_model, "out_of_grid_fraction"):
-            inputs, _ = next(self.micro_batches(self.val_batches, 0))
-            shares = {name: x.item() for name, x in self.bare_model.out_of_grid_fraction(input_ids=inputs).items()}
-            if shares:
-                worst, limit = max(shares, key=shares.get), self.settings.out_of_grid_threshold
-                figures["out_of_grid"] = sum(shares.values()) / len(shares)
-                figures["out_of_grid_worst"] = shares[worst]
-                message = (
-                    f"{shares[worst]:.0%} of the inputs of {worst} lie outside its grid: consider grid_update_steps"
-                )
-                self.warn("out_of_grid", limit is not None and shares[worst] > limit, self.step, message)
+        if shares := self.out_of_grid():
+            worst, limit = max(shares, key=shares.get), self.settings.out_of_grid_threshold
+            figures |= {"out_of_grid": sum(shares.values()) / len(shares), "out_of_grid_worst": shares[worst]}
+            message = f"{shares[worst]:.0%} of the inputs of {worst} lie outside its grid: consider grid_update_steps"
+            self.warn("out_of_grid", limit is not None and shares[worst] > limit, self.step, message)
         self.model.train()
         return figures
+
+    def out_of_grid(self) -> dict[str, float]:
+        """The share of each KAN layer's inputs outside its grid, on the first batch of the validation text."""
+        if not hasattr(self.bare_model, "out_of_grid_fraction"):
+            return {}
+        batch = self.micro_batches(self.val_batches, 0)
+        shares = [self.bare_model.out_of_grid_fraction(input_ids=inputs) for inputs, _ in batch]
+        means = {name: torch.stack([share[name] for share in shares]).mean() for name in shares[0]}
+        return {name: mean.item() for name, mean in self.accelerator.reduce(means, reduction="mean").items()}
 
     def save(self) -> None:
         checkpoint.save(
