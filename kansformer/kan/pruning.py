@@ -86,6 +86,7 @@ def _alive(model: "KAN", scores: Importance, node_threshold: float, edge_thresho
     layers = model.layers
     masks = [(b > 0) & (b >= edge_threshold) & (m.edge_mask > 0) for b, m in zip(scores.edges, layers)]
     nodes = [a >= node_threshold for a in scores.nodes]
+    nodes[0].fill_(True)  # an input goes with its last edge, not before
     nodes[-1].fill_(True)
     for _ in range(len(layers) + 1):  # what dies at one end of the network reaches the other in as many rounds
         for depth, layer in enumerate(layers):
