@@ -5,10 +5,12 @@ down. `publish` prints the table and writes <name>.{md,json,png} with the header
 """
 
 import argparse
+import functools
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +22,8 @@ from harness import RESULTS, ROOT, environment, header, markdown, write, write_f
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from kansformer.kan import KAN
 
 __all__ = ["RESULTS", "ROOT", "environment", "markdown"]
 
@@ -107,13 +111,14 @@ def mlp(sizes: Sequence[int], activation: str = "tanh", seed: int = 0, dtype: to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for i, o in zip(sizes, sizes[1:]):
+        for i, o in itertools.pairwise(sizes):
             layers += [nn.Linear(i, o, dtype=dtype), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
 def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Trained parameters; those of a KAN's symbolic edges, of which a spline edge has none, left out."""
+    return sum(p.numel() for n, p in module.named_parameters() if p.requires_grad and not n.endswith("symbolic.affine"))
 
 
 def width_for(parameters: int, inputs: int, outputs: int, hidden_layers: int) -> int:
@@ -166,6 +171,36 @@ def minimise(
     return trace
 
 
+def climb(
+    network: "KAN",
+    grids: Sequence[int],
+    samples: Tensor,
+    loss: Callable[[nn.Module], Tensor],
+    optimizer: str,
+    steps: int,
+    watch: Callable[[nn.Module], object] | None = None,
+) -> Iterator[tuple["KAN", list[tuple[float, object]]]]:
+    """Train a KAN through extensions of its grid, `steps` shared equally: yields it, and its trace, at each grid's end.
+
+    Grids follow their samples four times in the first tenths of the first share, and whenever a share begins.
+    """
+    share = steps // len(grids)
+    trace: list[tuple[float, object]] = []
+    for grid in grids:
+        first = grid == grids[0]
+        if not first:
+            network = network.refine(grid)
+        for piece in [share // 10] * 4 + [share - 4 * (share // 10)] if first else [share]:
+            network.update_grid(samples)
+            now = functools.partial(loss, network)
+            spent = trace[-1][0] if trace else 0.0
+            seen = minimise(
+                now, network.parameters(), optimizer, piece, watch=watch and functools.partial(watch, network)
+            )
+            trace += [(spent + seconds, found) for seconds, found in seen]
+        yield network, list(trace)
+
+
 def _lbfgs(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable[[int], None]:
     from scipy.optimize import minimize
 
@@ -180,7 +215,7 @@ def _lbfgs(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable
     def value(z):
         put(z)
         objective = loss()
-        gradients = torch.autograd.grad(objective, parameters)
+        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
         return objective.item(), torch.cat([g.flatten() for g in gradients]).double().numpy()
 
     def advance(steps: int) -> None:

@@ -1,4 +1,4 @@
-"""A partial differential equation: a small KAN against a large MLP on Poisson's equation (arXiv:2404.19756, section 3.4).
+"""Poisson's equation: a small KAN against a large MLP (arXiv:2404.19756, section 3.4).
 
     python benchmarks/claims/poisson.py
 
@@ -7,8 +7,8 @@
 
 The domain, the loss and alpha are the paper's; so are a KAN of 2 layers and width 10 and an MLP of 4 layers and width
 100. Ours: 1,000 interior points (the paper has 10,000) and 200 on the boundary (800), float64, and both networks at
-their best: L-BFGS (two seeds) and Adam with the same number of steps, several sizes, tanh and silu for the MLP. A KAN's grid is
-extended in the course of its steps (3, 5, 10, 20), so each of its rows had at most the steps of an MLP's.
+their best: L-BFGS (two seeds) and Adam with the same number of steps, several sizes, tanh and silu for the MLP. A
+KAN's grid is extended in the course of its steps (3, 5, 10, 20), so each of its rows had at most the steps of an MLP's.
 
 Errors: MSE is mean (u - u_hat)^2 and H1 is mean |grad (u - u_hat)|^2, both on a 101 x 101 grid.
 """
@@ -16,7 +16,7 @@ Errors: MSE is mean (u - u_hat)^2 and H1 is mean |grad (u - u_hat)|^2, both on a
 import math
 
 import torch
-from claim import COLOURS, arguments, count, criterion, environment, markdown, minimise, mlp, publish, pyplot
+from claim import COLOURS, arguments, climb, count, criterion, environment, markdown, minimise, mlp, publish, pyplot
 from torch import Tensor, nn
 
 from kansformer.kan import KAN
@@ -118,24 +118,13 @@ def _gradient(network: nn.Module, x: Tensor, create_graph: bool = True) -> Tenso
 
 
 def solve_kan(problem: Poisson, width: int, optimizer: str, steps: int, seed: int) -> list[dict]:
-    """One row for each grid; the hidden grid follows its samples four times in the first stage, then at each stage."""
+    """One row for each grid."""
     network = KAN([2, width, 1], grid_size=GRIDS[0], seed=seed, dtype=torch.float64)
-    rows, trace, spent = [], [], 0.0
-    share = steps // len(GRIDS)
-    for grid in GRIDS:
-        if grid != GRIDS[0]:
-            network = network.refine(grid)
-        pieces = [share // 10] * 4 + [share - 4 * (share // 10)] if grid == GRIDS[0] else [share]
-        for piece in pieces:
-            network.update_grid(problem.inside.detach())
-            net = network
-            seen = minimise(
-                lambda: problem.loss(net), net.parameters(), optimizer, piece, watch=lambda: problem.errors(net)
-            )
-            trace += [(spent + t, *errors) for t, errors in seen]
-            spent = trace[-1][0]
-        rows.append(_row(problem, network, f"KAN [2, {width}, 1]", f"G = {grid}", optimizer, seed, trace))
-    return rows
+    stages = climb(network, GRIDS, problem.inside.detach(), problem.loss, optimizer, steps, problem.errors)
+    return [
+        _row(problem, network, f"KAN [2, {width}, 1]", f"G = {grid}", optimizer, seed, trace)
+        for grid, (network, trace) in zip(GRIDS, stages)
+    ]
 
 
 def solve_mlp(
@@ -145,14 +134,13 @@ def solve_mlp(
     seen = minimise(
         lambda: problem.loss(network), network.parameters(), optimizer, steps, watch=lambda: problem.errors(network)
     )
-    trace = [(t, *errors) for t, errors in seen]
-    return _row(problem, network, f"MLP {layers} layers, width {width}", activation, optimizer, seed, trace)
+    return _row(problem, network, f"MLP {layers} layers, width {width}", activation, optimizer, seed, seen)
 
 
 def _row(problem: Poisson, network: nn.Module, name: str, variant: str, optimizer: str, seed: int, trace: list) -> dict:
     mse, h1 = problem.errors(network)
     row = {"network": name, "variant": variant, "optimizer": optimizer, "seed": seed, "parameters": count(network)}
-    return row | {"mse": mse, "h1": h1, "seconds": trace[-1][0], "trace": list(trace)}
+    return row | {"mse": mse, "h1": h1, "seconds": trace[-1][0]} | {"trace": [(t, *e) for t, e in trace]}
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
@@ -171,14 +159,12 @@ def time_to(trace: list, mse: float) -> str:
 
 def table(best: list[dict]) -> str:
     columns = ["network", "variant", "optimizer", "parameters", "MSE", "H1", "seconds", "s to 1e-4", "s to 1e-6"]
-    return markdown(
-        columns,
-        [
-            [r["network"], r["variant"], r["optimizer"], f"{r['parameters']:,}", f"{r['mse']:.1e}", f"{r['h1']:.1e}"]
-            + [f"{r['seconds']:.1f}", time_to(r["trace"], 1e-4), time_to(r["trace"], 1e-6)]
-            for r in best
-        ],
-    )
+    cells = []
+    for r in best:
+        errors = [f"{r['parameters']:,}", f"{r['mse']:.1e}", f"{r['h1']:.1e}", f"{r['seconds']:.1f}"]
+        times = [time_to(r["trace"], 1e-4), time_to(r["trace"], 1e-6)]
+        cells.append([r["network"], r["variant"], r["optimizer"], *errors, *times])
+    return markdown(columns, cells)
 
 
 def draw(best: list[dict]):

@@ -2,16 +2,17 @@
 
     python benchmarks/claims/special_functions.py
 
-Six special functions (arXiv:2404.19756, section 3.2) and eight formulas of Feynman's lectures in the paper's
-dimensionless spirit (section 3.3), inputs scaled to [-1, 1], outputs to unit variance, float64, 1,000 samples to learn from
-and 1,000 to test on. Twelve KANs (three shapes, G = 3, 5, 10, 20) meet twelve MLPs (three shapes of width, depth, two
+Six special functions (arXiv:2404.19756, section 3.2) and eight formulas of Feynman's lectures, dimensionless as in
+section 3.3; inputs scaled to [-1, 1], outputs to unit variance, float64, 1,000 samples to learn from and 1,000 to test
+on. Twelve KANs (three shapes, G = 3, 5, 10, 20) meet twelve MLPs (three shapes of width, depth, two
 activations) with the same optimisers, steps, seeds and choice by validation error; a KAN's grid is extended in the
 course of its steps, so no KAN has more of them than an MLP.
 
-Scaling, RMSE ~ N^-alpha with alpha = k + 1 = 4 for cubic splines (section 2.3): where the shape of the function is known,
-the exponent is fitted over G = 3 .. 50 at that shape; N is proportional to G + k + 1.
+Scaling, RMSE ~ N^-alpha with alpha = k + 1 = 4 for cubic splines (section 2.3): where the shape of the function is
+known, the exponent is fitted over G = 3 .. 50 at that shape; N is proportional to G + k + 1.
 """
 
+import functools
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import torch
 from claim import (
     COLOURS,
     arguments,
+    climb,
     count,
     criterion,
     environment,
@@ -175,7 +177,7 @@ def learn_function(name: str, steps: int, mlps: tuple, shapes: tuple, runs: tupl
             rows += learn_kan([len(ranges), *hidden, 1], GRIDS, parts, optimizer, steps, seed)
         for width, depth, activation in mlps:
             network = mlp([len(ranges)] + [width] * depth + [1], activation, seed)
-            minimise(lambda: _loss(network, *parts[0]), network.parameters(), optimizer, steps)  # noqa: B023
+            minimise(functools.partial(_loss, network, *parts[0]), network.parameters(), optimizer, steps)
             label = f"{depth} x {width} {activation}"
             rows.append(_row("MLP", label, network, parts, optimizer, seed))
     best: dict[tuple, dict] = {}
@@ -187,19 +189,12 @@ def learn_function(name: str, steps: int, mlps: tuple, shapes: tuple, runs: tupl
 
 
 def learn_kan(width: list[int], grids: tuple, parts: list, optimizer: str, steps: int, seed: int) -> list[dict]:
-    """One row for each grid, with an equal share of the steps; grids follow their samples as in pykan's fit."""
+    """One row for each grid."""
     network = KAN(width, grid_size=grids[0], seed=seed, dtype=torch.float64)
-    rows, share = [], steps // len(grids)
-    for grid in grids:
-        if grid != grids[0]:
-            network = network.refine(grid)
-        pieces = [share // 10] * 4 + [share - 4 * (share // 10)] if grid == grids[0] else [share]
-        for piece in pieces:
-            network.update_grid(parts[0][0])
-            net = network
-            minimise(lambda: _loss(net, *parts[0]), net.parameters(), optimizer, piece)  # noqa: B023
-        rows.append(_row("KAN", f"{width} G = {grid}", network, parts, optimizer, seed))
-    return rows
+    stages = climb(network, grids, parts[0][0], lambda net: _loss(net, *parts[0]), optimizer, steps)
+    return [
+        _row("KAN", f"{width} G = {grid}", network, parts, optimizer, seed) for grid, (network, _) in zip(grids, stages)
+    ]
 
 
 def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -253,7 +248,8 @@ def front_slope(rows: list[dict], name: str, kind: str) -> float:
 
 
 def table(rows: list[dict], pairs: dict[str, float]) -> str:
-    columns = ["function", "best KAN", "parameters", "test RMSE", "best MLP", "parameters", "test RMSE", "MLP / KAN error at equal parameters"]  # fmt: skip
+    best = ["parameters", "test RMSE"]
+    columns = ["function", "best KAN", *best, "best MLP", *best, "MLP / KAN error at equal parameters"]
     cells = []
     for name, ratio in pairs.items():
         best = [

@@ -3,8 +3,8 @@
     python benchmarks/claims/speed.py                    # peers take part where they can be imported
     python benchmarks/claims/speed.py --device cuda      # the triton backend in the transformer-sized part
 
-Small: [2, 5, 1], G = 5, k = 3, 1,000 samples, float32: a gradient (forward, mean squared error, backward), and a step of
-20 L-BFGS iterations from the same start by each library's own fit (torch's and scipy's L-BFGS for those without one).
+Small: [2, 5, 1], G = 5, k = 3, 1,000 samples, float32: a gradient (forward, mean squared error, backward), and 20
+iterations of L-BFGS from the same start by each library's own fit (scipy's, as ours, for those without one).
 Transformer-sized: the training rows of benchmarks/bench_ffn.py, whose code runs here, at the parameters of an MLP.
 
 pykan runs as it comes and with `speed()` (no symbolic branch, no stored activations, no checkpoints).
@@ -14,6 +14,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import itertools
 import math
 from collections.abc import Callable
 
@@ -72,7 +73,7 @@ def main() -> None:
 def small_networks() -> dict[str, nn.Module]:
     """[2, 5, 1] of every library at hand, and an MLP of our KAN's parameters."""
     kan = KAN(list(WIDTH), grid_size=GRID, spline_order=ORDER)
-    pairs = list(zip(WIDTH, WIDTH[1:]))
+    pairs = list(itertools.pairwise(WIDTH))
     options = {"grid_size": GRID, "spline_order": ORDER}
     w = width_for(count(kan), WIDTH[0], WIDTH[-1], hidden_layers=2)
     found = {
@@ -140,10 +141,9 @@ def small_table(rows: list[dict]) -> str:
     cells = []
     for r in rows:
         g = r["gradient_ms"]
-        cells.append(
-            [r["network"], r["parameters"], f"{g['median']:.3g}", f"{g['q20']:.3g}-{g['q80']:.3g}"]
-            + [f"{r['gradient_ratio']:.2f}x", f"{r['step_ms']['median']:.3g}", f"{r['step_ratio']:.2f}x"]
-        )
+        gradient = [f"{g['median']:.3g}", f"{g['q20']:.3g}-{g['q80']:.3g}", f"{r['gradient_ratio']:.2f}x"]
+        step = [f"{r['step_ms']['median']:.3g}", f"{r['step_ratio']:.2f}x"]
+        cells.append([r["network"], r["parameters"], *gradient, *step])
     return markdown(columns, cells)
 
 
