@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -40,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--save_every", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--save_every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -126,6 +127,7 @@ class Run:
         self.metrics, self.log = output / "metrics.jsonl", output.with_suffix(".log")
 
     def start(self) -> None:
+        self.leftovers = self.scratch()  # of the last kill, until the next checkpoint is written
         with open(self.log, "w") as log:
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=env)
@@ -138,8 +140,14 @@ class Run:
         if self.process.wait() != 0:
             self.raise_if_failed()
 
+    def scratch(self) -> set[tuple[str, int]]:
+        """Folders of checkpoints that are being written or deleted: names and times of change."""
+        with suppress(FileNotFoundError):  # renamed while looked at
+            return {(p.name, p.stat().st_ctime_ns) for p in (self.output / "checkpoints").glob(".step-*.tmp")}
+        return set()
+
     def wait_for_writing(self) -> None:
-        while not any((self.output / "checkpoints").glob(".step-*.tmp")) or self.started_from() is None:
+        while not self.scratch() - self.leftovers:
             self.raise_if_failed()
             time.sleep(0.0005)
 
@@ -161,7 +169,7 @@ class Run:
 
     def standing(self, before: int, save_every: int) -> dict:
         """What a kill left, checked: the last logged step, the newest whole checkpoint, the phase."""
-        scratch = [path.name for path in (self.output / "checkpoints").glob(".step-*.tmp")]
+        scratch = [name for name, _ in self.scratch() - self.leftovers]
         whole = checkpoint.newest(self.output / "checkpoints", say=lambda _: None)
         step = checkpoint.read_state(whole)["step"] if whole else 0
         start = self.started_from()

@@ -195,6 +195,8 @@ def _name(step: int) -> str:
 
 
 def _write_model(model: nn.Module, weights: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    # Gathered shards of tied weights no longer share their memory, by which save_pretrained would know them.
+    weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(folder, state_dict=weights, is_main_process=True)
     tokenizer.save_pretrained(folder)
 
