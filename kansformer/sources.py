@@ -187,8 +187,9 @@ def _open_model(model: nn.Module, name: str, tokenizer: PreTrainedTokenizerBase 
 
 
 def _open_gguf(file: Path) -> Source:
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    kansformer_config(config)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    kansformer_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
