@@ -20,7 +20,8 @@ from kansformer.kan.library import LIBRARY, Function
 
 POINTS = 201  # of t in step 1: ten to a period of the quickest wave in the library
 STARTS = 4
-STEPS = 40  # of step 2; functions that are in the library take about ten
+STEPS = 40  # at most, of step 2; functions that are in the library take about ten
+PATIENCE = 5  # steps without a gain of a thousandth, on any edge, end step 2
 SAMPLES = 512  # at most, in step 2; step 3 takes all
 CHUNK = 64  # edges at a time: 64 * 512 * STARTS float64 are 1 MiB
 
@@ -163,7 +164,7 @@ def _in_domain(function: Function, alpha: Tensor, beta: Tensor) -> Tensor:
 def _refine(function: Function, t: Tensor, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Step 2. t, y (E, N), theta (2, S, E): the best start's alpha and beta, (E,) each."""
     free = torch.tensor(function.free, device=t.device)
-    damping = torch.full_like(theta[0], 1e-3)
+    damping, idle = torch.full_like(theta[0], 1e-3), 0
     state = _linearise(function, theta, t, y)
     for _ in range(STEPS if free.any() else 0):
         loss, residual, jacobian = state
@@ -178,6 +179,9 @@ def _refine(function: Function, t: Tensor, y: Tensor, theta: Tensor) -> tuple[Te
         trial = torch.where(inside, trial, theta)
         new = _linearise(function, trial, t, y)
         better = new[0] < loss
+        idle = 0 if (new[0] < 0.999 * loss - 1e-28).any() else idle + 1
+        if idle == PATIENCE:
+            break
         theta = torch.where(better, trial, theta)
         kept = better, better.unsqueeze(-1), better.unsqueeze(-1)
         state = tuple(torch.where(k, n, s) for k, n, s in zip(kept, new, state))
