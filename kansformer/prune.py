@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kansformer import splines
-from kansformer.inspect.measure import Moments
+from kansformer.inspect.edges import Moments
 from kansformer.kernels.torch_kan import activation
 from kansformer.layers import FeedForward, KANLinear, SwiGLU
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 import kansformer
+from kansformer.inspect.edges import measure
+from kansformer.inspect.formulas import formulas
 from kansformer.inspect.loading import load, token_batches
-from kansformer.inspect.measure import measure
-from kansformer.inspect.report import report
+from kansformer.inspect.page import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,12 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default %(default)s")
     parser.add_argument("--tokens", type=int, default=32768, help="of the text to use, at most; default %(default)s")
     parser.add_argument("--sequence_length", type=int, default=256, help="default %(default)s")
-    parser.add_argument("--no-formulas", action="store_true", help="do not fit formulas to edges (they need sympy)")
     options = parser.parse_args(arguments)
-    describe = None
     try:
-        if not options.no_formulas:
-            from kansformer.inspect.formulas import formulas as describe
         model, tokenizer = load(options.model)
         batches = token_batches(
             tokenizer,
@@ -39,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sequence_length=options.sequence_length,
             max_tokens=options.tokens,
         )
-        page = report(measure(model, batches), facts(options, model, batches), describe)
-    except (ValueError, ImportError) as error:
+        page = report(measure(model, batches), facts(options, model, batches), formulas)
+    except ValueError as error:
         sys.exit(f"error: {error}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     part = options.output.with_name(f"{options.output.name}.part")

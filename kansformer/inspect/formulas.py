@@ -1,14 +1,15 @@
 """Edge functions of a language model as formulas c * f(a x + b) + d, where one fits."""
 
+import sympy  # torch depends on it
 import torch
 from torch import Tensor
 
-from kansformer.inspect.measure import BINS, MARGIN, EdgeStatistics, edge_curves
+from kansformer.inspect.edges import BINS, MARGIN, EdgeStatistics, edge_curves
 from kansformer.kan import symbolic_fit
-from kansformer.kan.formula import round_constants
 from kansformer.kan.library import LIBRARY
 
-# What a reader knows at sight, plainest first: a later one must explain SIMPLER times more of what is left.
+# What a reader knows at sight, plainest first: a later one must leave less than SIMPLER of the variance that the best
+# before it leaves.
 NAMES = ("x", "x^2", "abs", "x^3", "exp", "sin", "tanh", "gaussian")
 SIMPLER = 0.5
 SAMPLES = 256
@@ -22,13 +23,7 @@ def formulas(statistics: EdgeStatistics, edges: Tensor) -> list[str]:
     Args:
         statistics: of a layer.
         edges: (E, 2), input and output of each.
-    Raises:
-        ImportError: without sympy.
     """
-    try:
-        import sympy
-    except ImportError as error:
-        raise ImportError('formulas need sympy: pip install "kansformer[science]", or --no-formulas') from error
     x = quantiles(statistics, edges[:, 0], SAMPLES)
     y = edge_curves(statistics.layer, edges, x)
     r2, affine = symbolic_fit.fit(x.mT, y.mT, list(NAMES))
@@ -40,7 +35,7 @@ def formulas(statistics: EdgeStatistics, edges: Tensor) -> list[str]:
                 best = index
         a, b, c, d = parameters[best]
         expression = c * LIBRARY[NAMES[best]].sympy(sympy, a * sympy.Symbol("x") + b) + d
-        written = str(round_constants(expression, 3)).replace("**", "^").replace("*", " ")
+        written = str(expression.evalf(3)).replace("**", "^").replace("*", " ")
         found.append(f"{written} (R²\u00a0{scores[best]:.2f})")
     return found
 

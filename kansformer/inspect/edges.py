@@ -228,7 +228,8 @@ class EdgeStatistics:
     def most_bent(self, count: int, share: float) -> Tensor:
         """(E, 2): of the `share` of the edges with the most energy, the least linear, no input and no output twice."""
         energy = self.energy.flatten()
-        threshold = energy.kthvalue(max(1, round((1 - share) * energy.numel()))).values
+        strong = max(1, round(share * energy.numel()))
+        threshold = energy.kthvalue(energy.numel() - strong + 1).values
         return _distinct(torch.where(self.energy >= threshold, 1 - self.linearity, -1), count)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kansformer.inspect.measure import CONSTANT, MARGIN, EdgeStatistics, edge_curves
+from kansformer.inspect.edges import CONSTANT, MARGIN, EdgeStatistics, edge_curves
 
 STRONGEST, BENT = 8, 4  # edges drawn for each layer, of either kind
 STRONG = 0.1  # the part of the edges, by energy, that the bent ones are chosen from
@@ -20,7 +20,7 @@ DECADES = 3  # of energy that the heat map shows
 HEAT_CELLS = (96, 144)  # at most: outputs down, inputs across
 PANEL = 240, 138, 120  # width, height and base line of a chart
 TALL = 104  # the highest bar
-STYLESHEET = Path(__file__).with_name("report.css")
+STYLESHEET = Path(__file__).with_name("page.css")
 
 # A layer's statistics and some of its edges (E, 2) -> a formula for each
 Describe = Callable[[EdgeStatistics, Tensor], Sequence[str]]
