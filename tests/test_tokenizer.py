@@ -193,9 +193,11 @@ def test_too_little_text_for_a_bpe_is_refused(tmp_path):
     assert not list((tmp_path / "cache").glob("bpe-*.json"))
 
 
-def test_a_damaged_bpe_is_named(tmp_path):
+def test_a_damaged_bpe_is_named_and_a_half_written_one_removed(tmp_path):
     corpus = Corpus("tinyshakespeare", split="document", fraction=1e-12, max_documents=1)
+    (tmp_path / "bpe-299-of-a-killed-process.json.tmp").write_text("{")
     bpe_tokenizer(corpus, 300, tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
     path = next(tmp_path.glob("bpe-*.json"))
     path.write_text(path.read_text()[:-100])
     with pytest.raises(ValueError, match=f"{path.name} is damaged .* delete it"):

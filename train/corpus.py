@@ -268,6 +268,6 @@ def _open_dataset(source: str, split: str) -> tuple[list[tuple[bool, Iterable[di
         raise ValueError(f"{source} must have splits named {wanted}, and has {sorted(streams)}")
     sides = ["train", held_out] if split == "file" else ["train"]
     # The addresses of hub files hold their revision, and the origins of local ones their time of change.
-    files = {side: [list(map(str, names)), names.origin_metadata] for side, names in builder.config.data_files.items()}
-    content = {"name": name, "config": builder.config.name, "files": {side: files[side] for side in sides}}
+    files = {str(side): [list(names), names.origin_metadata] for side, names in builder.config.data_files.items()}
+    content = {"name": name, "config": builder.config.name, "files": files}
     return [(side == held_out, streams[side]) for side in sides], content

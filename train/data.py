@@ -57,7 +57,8 @@ def prepare(
 
     The cache folder's name is a hash of the text, the tokenizer and the settings; any number of processes may ask for
     it at once (see `made_once`). It holds shards of `shard_tokens` tokens and a meta.json with their digests. That
-    every file is there and whole in size is checked whenever it is opened; `verify` checks their digests too.
+    every file is there and whole in size is checked whenever it is opened; `verify` checks their digests too. A
+    preparation that was killed starts anew.
 
     Raises:
         ValueError: if there is no text on one side of the split, or a file is missing or damaged.
