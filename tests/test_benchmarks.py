@@ -43,6 +43,27 @@ def test_bench_ffn(tmp_path):
     assert decoding["kan_gated k=1 C=4"] == pytest.approx(4 / 6, rel=0.1)
 
 
+def test_bench_train(tmp_path):
+    small = ["--rounds", "2", "--steps", "2", "--batch_size", "4", "--sequence_length", "32", "--device", "cpu"]
+    printed = run(
+        "bench_train.py",
+        *small,
+        "--micro_batch_size",
+        "2",
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--output",
+        str(tmp_path),
+    )
+    result = json.loads((tmp_path / "train_cpu.json").read_text())
+    assert str(result["environment"]["commit"]) in (tmp_path / "train_cpu.md").read_text()
+    assert float(printed.splitlines()[-1]) == result["ratio"] > 0
+    assert result["tokens_a_step"] == 4 * 32
+    for side in ("bare", "loop"):  # both count the same tokens
+        speed, step = result["tokens_per_second"][side], result["milliseconds_a_step"][side]
+        assert speed["q20"] <= 4 * 32 / step * 1e3 <= speed["q80"]
+
+
 def test_bench_decode(tmp_path):
     small = ["--hidden_size", "64", "--batches", "1", "2", "--models", "tiny", "--rounds", "2"]
     run("bench_decode.py", *small, "--output", str(tmp_path))

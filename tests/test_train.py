@@ -1,18 +1,23 @@
 """The training script: its figures, its errors, its demonstration."""
 
+import dataclasses
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 
 import checkpoint
+import metrics
 import pytest
+import report
 import torch
 from accelerate.state import AcceleratorState
+from health import Episodes, LossSpikes
 from safetensors.torch import load_file
-from settings import Settings
-from training import ROOT, SMALL, command, lines, tensors
+from settings import Settings, check_resume, parse
+from training import ROOT, SMALL, command, finish, launch, lines, tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -42,6 +47,10 @@ def straight(workplace):
     return output, results
 
 
+def records(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 # What a run writes
 
 
@@ -55,9 +64,10 @@ def test_metrics_results_and_falling_loss(straight):
     for record in steps:
         assert set(record) == {
             *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"),
-            "model_flops_per_second",
+            *("activation_memory_bytes", "model_flops_per_second"),
         }
-        assert record["peak_memory_bytes"] > 50e6
+        # 8 x 32 tokens keep 320 logits each, in fp32, and more
+        assert 8 * 32 * 320 * 4 < record["activation_memory_bytes"] < record["peak_memory_bytes"]
     for record in evaluations:
         assert set(record) == {"step", "tokens", "val_loss", "val_bits_per_byte", "out_of_grid", "out_of_grid_worst"}
         assert 0 < record["out_of_grid"] <= record["out_of_grid_worst"] < 0.2
@@ -191,19 +201,92 @@ def test_nonfinite_loss_stops_before_the_step(workplace, tmp_path):
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
 
 
+def test_no_step_is_applied_from_the_first_nonfinite_one_on(workplace, tmp_path):
+    """On a GPU the host sees a step's figures when the next one is under way: neither changes anything."""
+    run = train.Run(parse(command(workplace, tmp_path, learning_rate=1e30, warmup_steps=0)))
+    run.training_step(0)
+    before = {name: tensor.clone() for name, tensor in run.bare_model.state_dict().items()}
+    assert not run.training_step(1).isfinite().all()
+    run.training_step(2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.bare_model.state_dict().items())
+    assert {state["step"].item() for state in run.adamw.state.values()} == {1}
+
+
+def test_looking_a_step_late_changes_nothing(workplace, straight, tmp_path, monkeypatch):
+    init = train.Run.__init__
+
+    def late(run, settings):
+        init(run, settings)
+        run.lag = 1
+
+    monkeypatch.setattr(train.Run, "__init__", late)
+    train.main(command(workplace, tmp_path, steps=60, log_every=4, eval_every=60, save_every=60))
+    assert lines(tmp_path, "loss") == {step: x for step, x in lines(straight[0], "loss").items() if step % 4 == 0}
+    assert all(torch.equal(tensor, tensors(straight[0])[name]) for name, tensor in tensors(tmp_path).items())
+    broken = command(workplace, tmp_path / "broken", learning_rate=1e30, warmup_steps=0, log_every=20)
+    with pytest.raises(FloatingPointError, match=r"step 2: .*norm nan; nothing was applied.*rank 0: gradient of model"):
+        train.main(broken)
+
+
 def test_the_first_nonfinite_value_is_named(straight):
     model = AutoModelForCausalLM.from_pretrained(straight[0] / "model")
-    batch = [(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))]
-    assert train.first_nonfinite(model, model, batch) == "none here"
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    first = lambda: train.first_nonfinite(model, lambda: model(input_ids=tokens, labels=tokens).loss.backward())  # noqa: E731
+    assert first() == "none here"
     layer = model.model.layers[1].mlp.gate_proj
     hook = layer.register_forward_hook(lambda _, __, output: output / 0)
-    assert train.first_nonfinite(model, model, batch) == "output of model.layers.1.mlp.gate_proj"
+    assert first() == "output of model.layers.1.mlp.gate_proj"
     hook.remove()
-    layer.weight.grad = torch.full_like(layer.weight, math.inf)
-    assert train.first_nonfinite(model, model, batch) == "gradient of model.layers.1.mlp.gate_proj.weight"
+    hook = layer.weight.register_hook(lambda gradient: gradient + math.inf)
+    assert first() == "gradient of model.layers.1.mlp.gate_proj.weight"
+    hook.remove()
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    assert train.first_nonfinite(model, model, batch) == "parameter model.norm.weight"
+    assert first() == "parameter model.norm.weight"
+
+
+def test_loss_spikes_are_told_from_noise_and_falling_losses():
+    noise = torch.randn(400, dtype=torch.float64) * 0.05
+    watch = LossSpikes(100)
+    assert max(watch(4 / (1 + step / 50) + noise[step].item()) for step in range(300)) < 6
+    level = 4 / 7
+    assert watch(level + 1.0) > 10
+    assert watch(level) < 6  # one spike does not widen the spread
+    flat = LossSpikes(100)
+    assert max(flat(2 + 1e-9 * step) for step in range(100)) < 1
+
+
+def test_an_episode_is_warned_of_once():
+    episodes = Episodes()
+    assert [episodes.begins("a", on) for on in (0, 1, 1, 0, 1)] == [False, True, False, False, True]
+    assert episodes.begins("b", True)
+
+
+def test_spikes_and_inputs_off_the_grids_are_warnings_in_the_log(workplace, tmp_path):
+    train.main(command(workplace, tmp_path, spike_window=1, spike_threshold=1e-9, out_of_grid_threshold=1e-9))
+    warnings = [record for record in records(tmp_path) if record.get("event") == "warning"]
+    losses = lines(tmp_path, "loss")
+    rises = [s for s in range(2, 21) if losses[s] > losses[s - 1] and not (s > 2 and losses[s - 1] > losses[s - 2])]
+    assert [w["step"] for w in warnings if w["alarm"] == "loss_spike"] == rises != []
+    assert [w["step"] for w in warnings if w["alarm"] == "out_of_grid"] == [10]  # at 20 it is the same episode
+    assert "mlp.down_proj lie outside its grid" in next(w["message"] for w in warnings if w["alarm"] == "out_of_grid")
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="fp16 is not supported: its loss scale"):
+        Settings(precision="fp16")
+    with pytest.raises(ValueError, match="final_model = 'best' needs keep_best"):
+        Settings(final_model="best", keep_best=False)
+    with pytest.raises(ValueError, match=r"grid_update_steps = \[-1\] must be a list of steps"):
+        Settings(grid_update_steps=[-1])
+
+
+def test_a_key_younger_than_the_checkpoint_had_its_default(tmp_path):
+    old = dataclasses.asdict(Settings())
+    del old["grid_update_spread"]
+    check_resume("auto", dataclasses.asdict(Settings()), old, tmp_path)
+    with pytest.raises(ValueError, match=r"grid_update_spread: 4\.0 -> 3\.0"):
+        check_resume("auto", dataclasses.asdict(Settings(grid_update_spread=3)), old, tmp_path)
 
 
 def test_too_long_a_sequence_and_an_uneven_batch_are_refused(workplace, tmp_path):
@@ -214,6 +297,151 @@ def test_too_long_a_sequence_and_an_uneven_batch_are_refused(workplace, tmp_path
     (tmp_path / "short.txt").write_text("a few words\n" * 20)
     with pytest.raises(ValueError, match="tokens, fewer than"):
         train.main(command(workplace, tmp_path, data=tmp_path / "short.txt"))
+
+
+# Grids
+
+
+def test_grids_follow_the_inputs_on_schedule_and_resume_exactly(workplace, straight, tmp_path):
+    settings = {"steps": 30, "grid_update_steps": "[10, 15]", "keep_checkpoints": 9, "save_every": 5}
+    train.main(command(workplace, tmp_path / "whole", **settings))
+    whole = {name: t for name, t in tensors(tmp_path / "whole").items() if name.endswith("grid")}
+    start = tensors(straight[0])
+    assert len(whole) == 2
+    assert all((whole[name] != start[name]).all() for name in whole)
+    updates = [record["step"] for record in records(tmp_path / "whole") if record.get("event") == "grid_update"]
+    assert updates == [10, 15]
+    # Until the first update nothing differs; the edge functions are kept, so the loss stays near
+    losses, undisturbed = lines(tmp_path / "whole", "loss"), lines(straight[0], "loss")
+    assert losses[10] == pytest.approx(undisturbed[10], rel=0.02)
+    # A checkpoint of step 15 is from before that update; moments start over with it
+    moments = load_file(tmp_path / "whole/checkpoints/step-00000020/optimizer.safetensors")
+    counts = {name: t.item() for name, t in moments.items() if name.endswith("/step")}
+    assert {count for name, count in counts.items() if "spline_weight" in name} == {5}
+    assert {count for name, count in counts.items() if "spline_weight" not in name} == {20}
+    (tmp_path / "again/checkpoints").mkdir(parents=True)
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000015", tmp_path / "again/checkpoints/step-00000015")
+    train.main(command(workplace, tmp_path / "again", **settings))
+    assert all(torch.equal(t, tensors(tmp_path / "whole")[name]) for name, t in tensors(tmp_path / "again").items())
+
+
+def test_grids_are_equal_on_all_processes_and_for_any_split(workplace, tmp_path):
+    settings = {"steps": 8, "grid_update_steps": "[3, 6]", "micro_batch_size": 2, "eval_every": 8}
+    train.main(command(workplace, tmp_path / "one", **settings))
+    arguments = [str(tmp_path), *command(workplace, tmp_path / "two", **settings)]
+    finish(launch(arguments, 2, "tests/rank_weights.py"))
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
+    for name, tensor in tensors(tmp_path / "one").items():
+        torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=1e-4)
+    for key in ("loss", "val_loss", "out_of_grid"):
+        assert lines(tmp_path / "two", key) == pytest.approx(lines(tmp_path / "one", key), abs=1e-4)
+
+
+def test_a_schedule_for_a_model_without_grids_is_refused(workplace, tmp_path):
+    with pytest.raises(ValueError, match="has no grids"):
+        train.main(command(workplace, tmp_path, model="tiny_swiglu", grid_update_steps="[1]"))
+
+
+# The best checkpoint
+
+
+def test_the_best_checkpoint_is_kept_found_and_used(workplace, tmp_path, monkeypatch):
+    """Validation losses as told: the best is neither the last nor among the newest, and found again on resume."""
+    told = {5: 3.0, 10: 2.0, 15: 2.5, 20: 2.1, 25: 2.2}
+    evaluate = train.Run.evaluate
+    monkeypatch.setattr(train.Run, "evaluate", lambda run: evaluate(run) | {"val_loss": told[run.step]})
+    arguments = command(
+        workplace, tmp_path, steps=25, eval_every=5, save_every=5, keep_checkpoints=1, final_model="best"
+    )
+    step = train.Run.training_step
+
+    def interrupt(run, index):
+        if index == 17:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, index)
+
+    monkeypatch.setattr(train.Run, "training_step", interrupt)
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000010", "step-00000018"]
+    monkeypatch.setattr(train.Run, "training_step", step)
+    results = train.main(arguments)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000010", "step-00000025"]
+    best = checkpoint.best(tmp_path / "checkpoints")
+    assert best.name == "step-00000010"
+    saved = tensors(tmp_path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(best / "model.safetensors").items())
+    assert not (tmp_path / "model/optimizer.safetensors").exists()
+    assert (results["step"], results["val_loss"], results["best_step"]) == (10, 2.0, 10)
+    assert "the weights of the best evaluation" in (tmp_path / "model/README.md").read_text()
+    starts = [record for record in records(tmp_path) if record.get("event") == "start"]
+    assert [start["step"] for start in starts] == [0, 18]
+    assert all(start["world_size"] == 1 and start["torch"] == torch.__version__ for start in starts)
+
+
+# Tracking and reports
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(workplace, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.main(command(workplace, tmp_path, tracker="tensorboard", steps=10))
+    events = EventAccumulator(str(tmp_path / "tracker" / tmp_path.name)).Reload()
+    for key in ("loss", "val_loss"):
+        assert {event.step: event.value for event in events.Scalars(key)} == pytest.approx(lines(tmp_path, key))
+
+
+def test_a_tracker_that_is_not_there_stops_the_run_before_it_starts(workplace, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"tracker = 'tensorbord' must be null or one .*tensorboard"):
+        train.main(command(workplace, tmp_path / "run", tracker="tensorbord"))
+    monkeypatch.setattr(metrics, "get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match="tracker wandb needs its package: pip install wandb"):
+        train.main(command(workplace, tmp_path / "run", tracker="wandb"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_report_of_a_run(straight):
+    page = (straight[0] / "report.md").read_text()
+    results = straight[1]
+    for text in (f"{results['val_loss']:.4f}", f"{results['parameters']:,}", "| starts | 1 |", "(curves.png)"):
+        assert text in page
+    assert torch.__version__ in page
+    assert (straight[0] / "curves.png").stat().st_size > 30_000
+
+
+def test_the_report_of_several_runs_also_unfinished_ones(straight, tmp_path):
+    running = tmp_path / "running"
+    running.mkdir()
+    shutil.copy(straight[0] / "settings.yaml", running)
+    log = (straight[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    warning = {"step": 9, "event": "warning", "alarm": "loss_spike", "message": "loss 9 is a spike"}
+    (running / "metrics.jsonl").write_text("".join(log[:20]) + json.dumps(warning) + '\n{"step": 21, "lo')
+    report.main([str(straight[0]), str(running), "--output", str(tmp_path / "both")])
+    page = (tmp_path / "both/report.md").read_text()
+    assert page.startswith("# straight and running")
+    assert "| steps | 60 | 18 of 60 |" in page
+    assert "- step 9: loss 9 is a spike" in page
+    assert (tmp_path / "both/curves.png").stat().st_size > 30_000
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
+        report.main([str(tmp_path)])
+
+
+def test_saved_bytes_are_those_of_the_activations():
+    layer = torch.nn.Linear(8, 16)
+    x = torch.randn(4, 8)
+    with metrics.saved_bytes(layer) as kept:
+        layer(x).sigmoid()
+    assert kept == [4 * (4 * 8 + 4 * 16)]  # the input of one, the output of the other
+
+
+def test_utilisation_where_the_device_is_known_and_where_not(monkeypatch):
+    assert metrics.utilisation(None, 100.0, 1) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert metrics.utilisation(10**9, 989e3, 2) == {"model_flops_per_second": 989e12, "mfu": 0.5}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some other device")
+    assert metrics.utilisation(10**9, 989e3, 2) == {"model_flops_per_second": 989e12}
 
 
 # The demonstration

@@ -177,7 +177,8 @@ def draw(histories: list[History], path: Path) -> Path:
         evaluations = [line["val_loss"] for history in histories for line in history.evaluations]
         top = statistics.quantiles(losses, n=20)[-1] if len(losses) > 20 else max(losses)  # not the first steps' fall
         bottom = min(losses + evaluations)
-        loss.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+        margin = 0.05 * (top - bottom) or 0.5
+        loss.set_ylim(bottom - margin, top + margin)
         loss.set(title="loss (nats/token): training (line), validation (dots)")
         panels["lr"].set(title="learning rate", ylim=(0, None))
         panels["norm"].set(title="gradient norm", yscale="log")

@@ -380,7 +380,10 @@ class Run:
         if self.accelerator.is_main_process:
             (self.output / "model" / "README.md").write_text(report.model_card(settings, results, self.config))
             (self.output / "results.json").write_text(json.dumps(results, indent=1))
-            written = report.write([self.output], self.output)
+            try:
+                written = report.write([self.output], self.output)
+            except ImportError as error:  # all is saved: a missing picture is no failed run
+                written = f"none ({error})"
             self.accelerator.print(f"model: {self.output / 'model'}\nreport: {written}")
         self.accelerator.end_training()
         return results
