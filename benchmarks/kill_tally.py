@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,18 +50,20 @@ def main() -> None:
     settings = {"kills": options.kills, "steps": options.steps, "save_every": options.save_every, "seed": options.seed}
     env = environment("cpu", **settings) | {"threads": 1}
     print(header(env), flush=True)
-    tallies = []
-    for processes in options.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            tallies.append({"processes": processes} | tally(Path(folder), processes, **settings))
+    with ThreadPoolExecutor() as pool:
+        tallies = list(pool.map(lambda processes: tally(processes, **settings), options.processes))
     text = "\n\n".join([f"# Killed {options.kills} times, and the same in the end", header(env), *map(report, tallies)])
     write(options.output / "kill_tally.md", text + "\n")
     write_json(options.output / "kill_tally.json", {"environment": env, "tallies": tallies})
 
 
-def tally(folder: Path, processes: int, kills: int, steps: int, save_every: int, seed: int) -> dict:
+def tally(processes: int, kills: int, steps: int, save_every: int, seed: int) -> dict:
     """Rows of kills and what the two runs have in common at the end."""
-    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return _tally(Path(folder), processes, kills, steps, save_every, random.Random(seed))
+
+
+def _tally(folder: Path, processes: int, kills: int, steps: int, save_every: int, rng: random.Random) -> dict:
     text = (ROOT / "train/tinyshakespeare.txt").read_text()
     (folder / "text.txt").write_text(text[:12_000])
     alone, killed = (
@@ -86,12 +89,14 @@ def tally(folder: Path, processes: int, kills: int, steps: int, save_every: int,
             killed.wait_for_writing()
             time.sleep(rng.uniform(0, 0.02))
         else:
-            time.sleep(rng.uniform(0, startup + 2 * training / kills))
+            # No life takes more than its share of the steps: there must be as many lives as kills.
+            share = steps * (number + 1) // (kills + 1)
+            killed.wait(rng.uniform(0, startup + 2 * training / kills), share)
         single = processes > 1 and number % 2 == 1
         killed.kill(rng.randrange(processes) if single else None)
         row = {"kill": number + 1, "aimed": aim, "victim": "one rank" if single else "all"}
         rows.append(row | {"seconds": time.monotonic() - started} | killed.standing(before, save_every))
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps({"processes": processes} | rows[-1]), flush=True)
     killed.start()
     killed.finish()
     if killed.started_from() != rows[-1]["checkpoint"]:
@@ -105,7 +110,7 @@ def tally(folder: Path, processes: int, kills: int, steps: int, save_every: int,
         "weights": len(load_file(last / "model.safetensors")),
         "moments": len(load_file(last / "optimizer.safetensors")),
     }
-    return {"rows": rows, "equal": same}
+    return {"processes": processes, "rows": rows, "equal": same}
 
 
 def command(folder: Path, name: str, processes: int, steps: int, save_every: int) -> list[str]:
@@ -145,6 +150,12 @@ class Run:
         with suppress(FileNotFoundError):  # renamed while looked at
             return {(p.name, p.stat().st_ctime_ns) for p in (self.output / "checkpoints").glob(".step-*.tmp")}
         return set()
+
+    def wait(self, seconds: float, step: int) -> None:
+        """Until the time is over or a step is logged."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and max(read_metrics(self.output)["loss"], default=0) < step:
+            time.sleep(0.02 * random.random())
 
     def wait_for_writing(self) -> None:
         while not self.scratch() - self.leftovers:
