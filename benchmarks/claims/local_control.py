@@ -3,7 +3,7 @@
     python benchmarks/claims/local_control.py
 
 A network learns f(x, y) = exp(sin(pi x) + y^2) on [-1, 1]^2, or sin(pi x) on [-1, 1]; then the data in one region R are
-raised by a smooth bump, zero at R's border, and it is trained further until it follows (RMSE in R <= 0.05), in two ways:
+raised by a smooth bump, zero at R's border, and it is trained further until it follows (RMSE in R <= 0.05), two ways:
 
     only new data   it sees R alone: what an edge function does elsewhere is free
     all data        it sees R changed and the rest as before
