@@ -33,11 +33,17 @@ def formulas(statistics: EdgeStatistics, edges: Tensor) -> list[str]:
         for index, score in enumerate(scores):
             if 1 - score < SIMPLER * (1 - scores[best]):
                 best = index
-        a, b, c, d = parameters[best]
+        a, b, c, d = map(_number, parameters[best])
         expression = c * LIBRARY[NAMES[best]].sympy(sympy, a * sympy.Symbol("x") + b) + d
-        written = str(expression.evalf(3)).replace("**", "^").replace("*", " ")
+        written = str(expression).replace("**", "^").replace("*", " ")
         found.append(f"{written} (R²\u00a0{scores[best]:.2f})")
     return found
+
+
+def _number(value: float) -> sympy.Number:
+    """Three digits, whole numbers without a point."""
+    value = float(f"{value:.3g}")
+    return sympy.Integer(value) if value == round(value) else sympy.Float(value, 3)
 
 
 def quantiles(statistics: EdgeStatistics, inputs: Tensor, count: int) -> Tensor:
