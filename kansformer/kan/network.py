@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kansformer.functional import kan_linear
-from kansformer.kan import fitting, formula, pruning, storage, symbolic
+from kansformer.kan import fitting, formula, plot, pruning, storage, symbolic
 from kansformer.kernels import torch_kan
 from kansformer.layers import KANLinear
 
@@ -224,6 +224,7 @@ class KAN(nn.Module):
     evaluate = fitting.evaluate
     importance = pruning.importance
     prune = pruning.prune
+    plot = plot.plot
     suggest_symbolic = symbolic.suggest_symbolic
     fix_symbolic = symbolic.fix_symbolic
     unfix_symbolic = symbolic.unfix_symbolic
@@ -248,8 +249,8 @@ class KAN(nn.Module):
     def refine(self, grid_size: int) -> "KAN":
         """A new network with `grid_size` intervals on every edge (grid extension, arXiv:2404.19756, section 2.4).
 
-        The same function where `grid_size` is a multiple of the old size; otherwise each edge function is projected,
-        uniformly weighted over its grid. This network stays as it is.
+        On the grids the same function where `grid_size` is a multiple of the old size; otherwise each edge function is
+        projected, uniformly weighted over its grid. This network stays as it is.
         """
         finer = self.copy()
         for layer in finer.layers:
