@@ -153,6 +153,9 @@ def fit(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     data = _dataset(model, dataset)
+    constant = (data.train_input.amin(0) == data.train_input.amax(0)).nonzero().flatten().tolist()
+    if constant and len(data.train_input) > 1:
+        warnings.warn(f"input columns {constant} are constant: nothing can be learned from them", stacklevel=2)
     weights = _Regularisation(lamb, lamb_l1, lamb_entropy, lamb_coef, lamb_coefdiff)
     run = _Run(model, data, weights, loss, steps, progress)
     every = max(1, grid_update_until // grid_updates)
@@ -187,9 +190,14 @@ def evaluate(model: "KAN", dataset: Dataset | Mapping[str, Tensor]) -> dict[str,
 
 
 def warn_outside(model: "KAN", x: Tensor, what: str) -> None:
-    """Warn if more than a hundredth of the rows of x lie outside the first layer's grids."""
-    grid = model.layers[0].linear.grid
-    share = ((x < grid[:, 0]) | (x > grid[:, 1])).any(1).float().mean().item()
+    """Warn if more than a hundredth of the rows lie outside the first layer's grids by a tenth of an interval or more.
+
+    Nearer, all but a spline below 0.1^k / k! of its coefficient is there; rounding of the grid to float32 is no matter.
+    """
+    linear = model.layers[0].linear
+    lo, hi = linear.grid.unbind(-1)
+    margin = (hi - lo) / (10 * linear.grid_size)
+    share = ((x < lo - margin) | (x > hi + margin)).any(1).float().mean().item()
     if share > 0.01:
         warnings.warn(
             f"{share:.1%} of the {what} lie outside the grids of the inputs, where the network extrapolates: splines "
@@ -205,12 +213,12 @@ class _Regularisation(NamedTuple):
     coef: float = 0.0
     coefdiff: float = 0.0
 
-    def __call__(self, model: "KAN", edges: list[Tensor]) -> Tensor:
-        total = edges[0].new_zeros(())
-        for layer, edge in zip(model.layers, edges):
-            scale = edge.abs().mean(0)[layer.edge_mask > 0]  # |phi|_1 of the living
+    def __call__(self, model: "KAN", scales: list[Tensor]) -> Tensor:
+        total = 0
+        for layer, scale in zip(model.layers, scales):
             norm = scale.sum()
-            p = (scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_min(1e-12)  # log has no slope at 0
+            # Pruned edges are 0: clamped, they have no slope, where that of the logarithm would be infinite.
+            p = (scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_min(1e-12)
             total = total + self.l1 * norm + self.entropy * torch.special.entr(p).sum()
             if self.coef or self.coefdiff:
                 weight = layer.linear.spline_weight.unflatten(0, (layer.linear.in_features, -1))  # (I, C, O)
@@ -235,18 +243,18 @@ class _Run:
 
     def objective(self, x: Tensor, y: Tensor, features: object = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The loss with regularisation, without, and the regularisation; `features` are the first layer's of x."""
-        edges = []
+        scales = []
         for layer in self.model.layers:
             if self.weights.lamb:
-                edges.append(layer.edges(x, features))
-                x = layer.nodes(edges[-1].sum(-1))
+                x, scale = layer.scaled(x, features)
+                scales.append(scale)
             else:
                 x = layer(x, features)
             features = None
         loss = self.loss(x, y)
         if not self.weights.lamb:
             return loss, loss, None
-        reg = self.weights(self.model, edges)
+        reg = self.weights(self.model, scales)
         return loss + self.weights.lamb * reg, loss, reg
 
     @torch.no_grad()
@@ -266,7 +274,9 @@ class _Run:
         self.bar.update()
 
     def parameters(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """Those that train; formulas only where there are some."""
+        idle = [id(layer.symbolic.affine) for layer in self.model.layers if not layer.symbolic.groups()]
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in idle]
 
     def stopped(self) -> bool:
         warnings.warn(
@@ -305,7 +315,7 @@ def _lbfgs(run: _Run, steps: int) -> bool:
     def value(z):
         put(z)
         objective, _, _ = run.objective(x, y, features)
-        gradients = torch.autograd.grad(objective, parameters)
+        gradients = torch.autograd.grad(objective, parameters, materialize_grads=True)
         number, flat = objective.item(), torch.cat([g.flatten() for g in gradients]).double().cpu().numpy()
         if not math.isfinite(number) or not math.isfinite(flat.sum()):
             raise _NotFinite
@@ -331,7 +341,8 @@ def _lbfgs(run: _Run, steps: int) -> bool:
             minimize(value, good, jac=True, method="L-BFGS-B", callback=accept, options=limits)
         except _NotFinite:
             finite = False  # a step too long: again from the last good point, with a short first step
-        if count == before:
+        # A line search fails where differences of the loss are its rounding: worth new memory only while that is used.
+        if count - before < (LBFGS_MEMORY if finite else 1):
             break
     if count % LBFGS_ITERATIONS:
         record()
@@ -355,7 +366,7 @@ def _adam(run: _Run, steps: int, lr: float, batch_size: int | None, seed: int) -
                 batches = iter(torch.randperm(len(x), generator=generator).to(x.device).split(batch_size))
                 rows = next(batches)
         objective, loss, reg = run.objective(x[rows], y[rows], features)
-        gradients = torch.autograd.grad(objective, parameters)
+        gradients = torch.autograd.grad(objective, parameters, materialize_grads=True)
         if not (objective.isfinite() and sum(g.sum() for g in gradients).isfinite()):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, good)

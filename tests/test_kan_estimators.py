@@ -1,0 +1,52 @@
+"""The estimators against scikit-learn's own checks, and against what they are for."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_iris, make_friedman1
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from kansformer.kan import KANClassifier, KANRegressor
+
+# Small and few steps: the checks fit some hundred networks.
+SMALL = {"hidden": 3, "grid_size": 2, "steps": 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*lie outside the grids:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*constant:UserWarning")
+@parametrize_with_checks([KANRegressor(**SMALL), KANClassifier(**SMALL)])
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+def test_a_regressor_beats_a_line_and_keeps_the_shape_of_its_targets():
+    X, y = make_friedman1(300, n_features=5, noise=0.1, random_state=0)
+    model = KANRegressor(hidden=4, steps=10).fit(X[:200], y[:200])
+    line = LinearRegression().fit(X[:200], y[:200])
+    assert model.score(X[200:], y[200:]) > 0.95 > line.score(X[200:], y[200:])
+    assert model.predict(X[:200]).shape == (200,)
+    two = KANRegressor(**SMALL).fit(X, np.stack([y, 1000 * y], 1)).predict(X)
+    assert two.shape == (300, 2)
+    np.testing.assert_allclose(two[:, 1].mean(), 1000 * y.mean(), rtol=0.05)
+
+
+def test_a_classifier_in_a_grid_search():
+    X, y = load_iris(return_X_y=True)
+    names = np.array(["setosa", "versicolor", "virginica"])[y]
+    search = GridSearchCV(KANClassifier(steps=3, lamb=1e-3), {"hidden": [1, 2]}, cv=2)
+    with pytest.warns(UserWarning, match="rows lie outside"):
+        search.fit(X, names)
+    assert search.best_score_ > 0.9
+    probability = search.predict_proba(X)
+    np.testing.assert_allclose(probability.sum(1), 1)
+    assert (search.classes_[probability.argmax(1)] == search.predict(X)).all()
+    with pytest.raises(ValueError, match="at least two classes"):
+        KANClassifier().fit(X, np.zeros(150))
+
+
+def test_scales_of_inputs_and_targets_do_not_matter():
+    X, y = make_friedman1(150, n_features=5, random_state=0)
+    one = KANRegressor(**SMALL).fit(X, y).predict(X)
+    other = KANRegressor(**SMALL).fit(X * 1e6 - 5, y * 1e-4 + 7).predict(X * 1e6 - 5)
+    np.testing.assert_allclose((other - 7) * 1e4, one, rtol=1e-3, atol=1e-2)
