@@ -153,18 +153,27 @@ def minimise(
     """
     parameters = [p for p in parameters if p.requires_grad]
     piece = max(1, steps // looks)
-    advance = _lbfgs(loss, parameters) if optimizer == "lbfgs" else _adam(loss, parameters, steps, lr)
-    best, kept, seconds, trace = math.inf, [p.detach().clone() for p in parameters], 0.0, []
-    for _ in range(0, steps, piece):
-        started = time.perf_counter()
-        advance(piece)
+    best, kept, trace = math.inf, [p.detach().clone() for p in parameters], []
+    seconds, started = 0.0, time.perf_counter()
+
+    def look(step: int) -> bool:
+        """After a step: whether to stop. Between looks nothing happens."""
+        nonlocal best, kept, seconds, started
+        if step % piece and step != steps:
+            return False
         seconds += time.perf_counter() - started
         value = loss().item()
         if value < best:
             best, kept = value, [p.detach().clone() for p in parameters]
         trace.append((seconds, watch() if watch else value))
-        if not math.isfinite(value) or (until is not None and until()):
-            break
+        stop = not math.isfinite(value) or (until is not None and until())
+        started = time.perf_counter()
+        return stop
+
+    if optimizer == "lbfgs":
+        _lbfgs(loss, parameters, steps, look)
+    else:
+        _adam(loss, parameters, steps, lr, look)
     with torch.no_grad():
         for p, value in zip(parameters, kept):
             p.copy_(value)
@@ -201,15 +210,14 @@ def climb(
         yield network, list(trace)
 
 
-def _lbfgs(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable[[int], None]:
+def _lbfgs(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int, look: Callable[[int], bool]) -> None:
     from scipy.optimize import minimize
 
     sizes = [p.numel() for p in parameters]
 
     def put(z) -> None:
-        flat = torch.from_numpy(z)
         with torch.no_grad():
-            for p, part in zip(parameters, flat.split(sizes)):
+            for p, part in zip(parameters, torch.from_numpy(z).split(sizes)):
                 p.copy_(part.view_as(p))
 
     def value(z):
@@ -218,26 +226,38 @@ def _lbfgs(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable
         gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
         return objective.item(), torch.cat([g.flatten() for g in gradients]).double().numpy()
 
-    def advance(steps: int) -> None:
+    done, stopped = 0, False
+
+    def after_step(z) -> None:
+        nonlocal done, stopped
+        done += 1
+        put(z)
+        if look(done):
+            stopped = True
+            raise StopIteration
+
+    while done < steps and not stopped:  # again, without its memory, where a line search fails
+        before = done
         start = torch.cat([p.detach().flatten() for p in parameters]).double().numpy()
-        options = {"maxiter": steps, "maxfun": 3 * steps, "maxcor": 10, "ftol": 0.0, "gtol": 0.0}
-        put(minimize(value, start, jac=True, method="L-BFGS-B", options=options).x)
+        options = {"maxiter": steps - done, "maxfun": 10 * steps, "maxcor": 10, "ftol": 0.0, "gtol": 0.0}
+        put(minimize(value, start, jac=True, method="L-BFGS-B", callback=after_step, options=options).x)
+        if done == before:  # nor does the gradient lead anywhere
+            look(steps)
+            return
 
-    return advance
 
-
-def _adam(loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: int, lr: float) -> Callable[[int], None]:
+def _adam(
+    loss: Callable[[], Tensor], parameters: list[Tensor], steps: int, lr: float, look: Callable[[int], bool]
+) -> None:
     method = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(method, steps)
-
-    def advance(steps: int) -> None:
-        for _ in range(steps):
-            method.zero_grad()
-            loss().backward()
-            method.step()
-            schedule.step()
-
-    return advance
+    for step in range(1, steps + 1):
+        method.zero_grad()
+        loss().backward()
+        method.step()
+        schedule.step()
+        if look(step):
+            return
 
 
 def rmse(prediction: Tensor, target: Tensor) -> float:
