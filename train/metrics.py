@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -103,6 +104,11 @@ def provenance(accelerator) -> dict:
         "kansformer": kansformer.__version__,
         "commit": commit.stdout.strip() if commit.returncode == 0 else None,
     }
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Cross entropy summed over a text, in bits per UTF-8 byte of it: comparable between tokenizers."""
+    return nats / math.log(2) / num_bytes
 
 
 def on_host(values: torch.Tensor) -> Callable[[], list[float]]:

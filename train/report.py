@@ -19,6 +19,7 @@ import yaml
 from metrics import read
 from settings import Settings
 
+ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#b45309", "#0e7490")
 INK, FAINT, RULE = "#1f2937", "#9ca3af", "#e5e7eb"
 STYLE = {
@@ -109,17 +110,16 @@ def figures(history: History) -> dict[str, str]:
     asked = history.settings["steps"]
     done = steps[-1]["step"] if steps else 0
     rows = {"steps": f"{done:,}" + (f" of {asked:,}" if done < asked else "")}
-    if "parameters" in results:
-        rows["parameters"] = f"{results['parameters']:,}"
-        if "feed_forward_parameters" in results:
-            rows["feed-forward parameters"] = f"{results['feed_forward_parameters']:,}"
+    sizes = {"parameters": "parameters", "feed_forward_parameters": "feed-forward parameters"}
+    known = (history.starts[-1] if history.starts else {}) | results
+    rows |= {row: f"{known[key]:,}" for key, row in sizes.items() if key in known}
     if evaluations:
         last, best = evaluations[-1], min(evaluations, key=lambda line: line["val_loss"])
         rows["validation loss (nats/token)"] = f"{last['val_loss']:.4f}"
         rows["bits per byte"] = f"{last['val_bits_per_byte']:.4f}"
         rows["best validation loss, at step"] = f"{best['val_loss']:.4f}, {best['step']:,}"
         if "out_of_grid" in last:
-            rows["inputs outside the grids, worst layer"] = (
+            rows["inputs outside the grids, and of the worst layer"] = (
                 f"{last['out_of_grid']:.1%}, {last['out_of_grid_worst']:.1%}"
             )
     if steps:
@@ -148,7 +148,7 @@ def settings_table(histories: list[History]) -> str:
     for key in keys:
         values = [history.settings.get(key) for history in histories]
         if any(value != defaults.get(key) for value in values):
-            rows.append([key, *(json.dumps(value) for value in values)])
+            rows.append([key, *(json.dumps(value).replace(f"{ROOT}/", "") for value in values)])
     if len(histories) > 1:
         rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs first
     return table(["setting", *(history.name for history in histories)], rows)
@@ -179,11 +179,14 @@ def draw(histories: list[History], path: Path) -> Path:
         bottom = min(losses + evaluations)
         margin = 0.05 * (top - bottom) or 0.5
         loss.set_ylim(bottom - margin, top + margin)
-        loss.set(title="loss (nats/token): training (line), validation (dots)")
+        loss.set(title="loss (nats/token): training (line), validation (dots); triangles: warnings")
         panels["lr"].set(title="learning rate", ylim=(0, None))
         panels["norm"].set(title="gradient norm", yscale="log")
+        for axis in (panels["norm"].yaxis.set_major_formatter, panels["norm"].yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
         panels["speed"].set(title="tokens/s", ylim=(0, None), xlabel="step")
-        panels["grid"].set(title="inputs outside the grids (dashed: the worst layer)", xlabel="step", ylim=(0, None))
+        panels["grid"].set(title="inputs outside the grids (dashed: the worst layer)", xlabel="step")
+        panels["grid"].set_ylim(0, 1.08 * panels["grid"].get_ylim()[1])
         panels["speed"].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         panels["grid"].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         if not any("out_of_grid" in line for history in histories for line in history.evaluations):
@@ -216,7 +219,11 @@ def _draw_run(panels: dict, history: History, colour: str) -> None:
     shares = [line for line in history.evaluations if "out_of_grid" in line]
     for key, style in (("out_of_grid", "o-"), ("out_of_grid_worst", "o--")):
         panels["grid"].plot(
-            [line["step"] for line in shares], [line[key] for line in shares], style, color=colour, markersize=3
+            [line["step"] for line in shares],
+            [line[key] for line in shares],
+            style,
+            color=colour,
+            markersize=3,
         )
     events = [(line["step"], "restart") for line in history.starts[1:]]
     events += [(line["step"], "grids") for line in history.updates]

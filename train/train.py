@@ -46,6 +46,7 @@ import settings as settings_module
 from data import Batches, Corpus, load_tokenizer, prepare
 from grids import update_grids
 from health import Episodes, LossSpikes, first_nonfinite, stop_signals, whole
+from metrics import bits_per_byte
 from optimizer import learning_rate, parameter_groups
 from settings import Settings, batch_split, check_resume, check_world
 
@@ -127,9 +128,8 @@ class Run:
             # transformers 5.2x renames it
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self.parameter_count = sum(p.numel() for p in model.parameters())
-        self.flops_per_token = (
-            model.flops_per_token(settings.sequence_length) if hasattr(model, "flops_per_token") else None
-        )
+        count = getattr(model, "flops_per_token", lambda _: None)  # a stock model does not know
+        self.flops_per_token = count(settings.sequence_length)
         self.adamw = torch.optim.AdamW(
             parameter_groups(model, settings),
             lr=settings.learning_rate,
@@ -174,7 +174,8 @@ class Run:
             (self.output / "settings.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
         self.metrics = metrics.Metrics(self.output / "metrics.jsonl", accelerator, self.step)
         if self.step < settings.steps:  # else it is done already
-            self.metrics.log(self.step, event="start", **metrics.provenance(accelerator))
+            where = metrics.provenance(accelerator)
+            self.metrics.log(self.step, event="start", **where, parameters=self.parameter_count)
             metrics.start_tracker(accelerator, settings.tracker, self.output.name, asked, self.step)
         plain = accelerator.distributed_type.value in ("NO", "MULTI_CPU") and not settings.compile
         if self.device.type == "cpu" and plain and not settings.gradient_checkpointing:
@@ -190,13 +191,8 @@ class Run:
         pending: deque[tuple[int, Callable[[], list[float]]]] = deque()  # steps whose figures the host has not seen
         logged = batches.targets_before(self.step)
         seconds, mark = 0.0, time.perf_counter()
-        progress = tqdm(
-            total=stop_at,
-            initial=self.step,
-            disable=not self.accelerator.is_main_process,
-            desc=self.output.name,
-            unit="step",
-        )
+        quiet = not self.accelerator.is_main_process
+        progress = tqdm(total=stop_at, initial=self.step, disable=quiet, desc=self.output.name, unit="step")
         with progress:
             while self.step < stop_at:
                 if self.step in settings.grid_update_steps:
@@ -395,11 +391,6 @@ def token_loss(model, inputs: torch.Tensor, targets: torch.Tensor, num_targets: 
     count = torch.full((), num_targets, device=inputs.device)
     output = model(input_ids=inputs, labels=targets, shift_labels=targets, num_items_in_batch=count, use_cache=False)
     return output.loss
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Cross entropy summed over a text, in bits per UTF-8 byte of it: comparable between tokenizers."""
-    return nats / math.log(2) / num_bytes
 
 
 if __name__ == "__main__":
