@@ -181,7 +181,8 @@ def draw(histories: list[History], path: Path) -> Path:
         loss.set_ylim(bottom - margin, top + margin)
         loss.set(title="loss (nats/token): training (line), validation (dots); triangles: warnings")
         panels["lr"].set(title="learning rate", ylim=(0, None))
-        panels["norm"].set(title="gradient norm", yscale="log")
+        positive = any(line["grad_norm"] > 0 for history in histories for line in history.steps)
+        panels["norm"].set(title="gradient norm", yscale="log" if positive else "linear")
         for axis in (panels["norm"].yaxis.set_major_formatter, panels["norm"].yaxis.set_minor_formatter):
             axis(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
         panels["speed"].set(title="tokens/s", ylim=(0, None), xlabel="step")
