@@ -3,7 +3,7 @@
     python benchmarks/kill_tally.py [--kills 20] [--processes 1 2]
 
 A share of the kills (SIGKILL) waits for a checkpoint's temporary folder and strikes a few milliseconds later; the rest
-fall uniformly over the time from the launch to some way into the training. With several processes every second kill
+fall uniformly over the time of starting, or over that of training. With several processes every second kill
 takes a single rank, the others all processes and the launcher at once, as a power cut does. After each kill the newest
 whole checkpoint may lie at most `save_every` steps behind the last logged one, and never behind the one before; each
 life must start from that checkpoint; in the end every loss, weight and optimizer moment must equal the other run's,
@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "train"))
 import checkpoint
 
 AIMED_SHARE = 0.3  # of the kills: inside the writing of a checkpoint
+TRAINING_SHARE = 0.6  # of the others: uniformly over the time after the first step; the rest over that before it
 LOGGED = ("loss", "lr", "grad_norm", "val_loss")
 MODEL = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -91,7 +92,9 @@ def _tally(folder: Path, processes: int, kills: int, steps: int, save_every: int
         else:
             # No life takes more than its share of the steps: there must be as many lives as kills.
             share = steps * (number + 1) // (kills + 1)
-            killed.wait(rng.uniform(0, startup + 2 * training / kills), share)
+            if training_already := rng.random() < TRAINING_SHARE:
+                killed.wait_for_training()
+            killed.wait(rng.uniform(0, 2 * training / kills if training_already else startup), share)
         single = processes > 1 and number % 2 == 1
         killed.kill(rng.randrange(processes) if single else None)
         row = {"kill": number + 1, "aimed": aim, "victim": "one rank" if single else "all"}
@@ -150,6 +153,11 @@ class Run:
         with suppress(FileNotFoundError):  # renamed while looked at
             return {(p.name, p.stat().st_ctime_ns) for p in (self.output / "checkpoints").glob(".step-*.tmp")}
         return set()
+
+    def wait_for_training(self) -> None:
+        while (start := self.started_from()) is None or max(read_metrics(self.output)["loss"], default=0) <= start:
+            self.raise_if_failed()
+            time.sleep(0.005)
 
     def wait(self, seconds: float, step: int) -> None:
         """Until the time is over or a step is logged."""

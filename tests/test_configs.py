@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
 import settings as settings_module  # noqa: E402
-from data import byte_tokenizer  # noqa: E402
 from settings import Settings  # noqa: E402
+from tokenizer import byte_tokenizer  # noqa: E402
 
 # Pair and the size its name promises, in millions of parameters.
 PAIRS = {"tiny": 0.82, "small_5m": 5, "small_30m": 30, "125m": 125, "350m": 350, "1b": 1000}
@@ -67,6 +69,45 @@ def test_topologies_are_read_by_accelerate(path):
     assert (topology.distributed_type == "FSDP") == ("fsdp2" in path.stem)
     if "fsdp2" in path.stem:
         assert topology.fsdp_config["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_topologies_start_what_their_names_promise(path):
+    """What `accelerate launch --config_file` makes of them: the launcher's flags, and the processes' environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train/train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    several, sharded, nodes = "one" not in path.stem, "fsdp2" in path.stem, 2 if "multi_node" in path.stem else 1
+    assert (arguments.multi_gpu or arguments.use_fsdp) == several
+    assert arguments.use_fsdp == sharded
+    assert arguments.num_machines == nodes
+    assert arguments.num_processes == (8 * nodes if several else 1)
+    assert arguments.mixed_precision == "no"  # the run's own setting decides
+    if several:
+        environment = prepare_multi_gpu_env(arguments)
+        assert (environment.get("ACCELERATE_USE_FSDP") == "true") == sharded
+        assert (environment.get("FSDP_VERSION") == "2") == sharded
+
+
+def test_the_torchrun_line_of_the_readme_runs(tmp_path):
+    """Its command, as it stands, but for a short text and two steps."""
+    lines = (ROOT / "train/README.md").read_text().splitlines()
+    words = next(line for line in lines if line.strip().startswith("torchrun")).split()
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "train/tinyshakespeare.txt").read_text()[:20_000])
+    short = {"data": text, "cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run", "steps": 2}
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+        + [f"--{key}={value}" for key, value in short.items()],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "2 process(es) (MULTI_CPU) on cpu" in run.stdout
+    assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
 # Settings

@@ -12,6 +12,8 @@ from training import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+# TRL sets an argument that transformers 5.2x renames
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 COMMON = ["--use_cpu", "true", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none"]
 
 
@@ -58,10 +60,11 @@ def test_sft_counts_answers_only_and_the_model_chats(text, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     counted = batch["labels"] != -100
     tokenizer = trainer.processing_class
-    for tokens, mask in zip(batch["input_ids"], counted):
-        answer = tokenizer.decode(tokens[mask])
-        assert tokenizer.decode(tokens).endswith(f"<assistant>{answer}") or "<|pad|>" in tokenizer.decode(tokens)
-        assert answer.endswith("<|endoftext|>")
+    for tokens, mask, real in zip(batch["input_ids"], counted, batch["attention_mask"]):
+        conversation, answer = tokenizer.decode(tokens[real.bool()]), tokenizer.decode(tokens[mask])
+        assert conversation.startswith("<user>")
+        assert conversation.endswith(f"<assistant>{answer}")
+        assert answer.endswith("<|endoftext|>") or real.sum() == 256  # cut at max_length
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "Speak, speak."}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -75,22 +78,25 @@ def test_sft_counts_answers_only_and_the_model_chats(text, tmp_path):
     assert again.state.log_history[0]["loss"] < trainer.state.log_history[0]["loss"]
 
 
-def test_dpo_prefers_what_it_is_told_to(text, tmp_path):
+@pytest.mark.parametrize("form", ["path", "object"])
+def test_dpo_prefers_what_it_is_told_to(text, tmp_path, form):
+    """TRL loads the reference model from where the policy came: from a folder, whichever form is passed."""
     arguments = ["--output_dir", str(tmp_path), *COMMON, "--text", str(text), "--max_steps", "1", "--max_length", "128"]
-    trainer = sft.main(arguments)
+    tokenizer = sft.main(arguments).processing_class
+    model = str(tmp_path) if form == "path" else AutoModelForCausalLM.from_pretrained(tmp_path)
     rows = [{"prompt": "Speak.", "chosen": " Ay, my lord.", "rejected": " No."}] * 4
     config = DPOConfig(
         output_dir=str(tmp_path / "dpo"),
         max_steps=2,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",
         logging_steps=1,
         use_cpu=True,
+        bf16=False,
         report_to="none",
     )
-    dpo = DPOTrainer(
-        trainer.model, args=config, train_dataset=Dataset.from_list(rows), processing_class=trainer.processing_class
-    )
+    dpo = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     dpo.train()
     history = [entry["loss"] for entry in dpo.state.log_history if "loss" in entry]
     assert history[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is the reference
