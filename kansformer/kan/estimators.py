@@ -27,7 +27,8 @@ try:
 except ImportError as error:
     raise ImportError('the estimators need scikit-learn: pip install "kansformer[science]"') from error
 
-from kansformer.kan.fitting import Dataset, warn_outside
+from kansformer.kan.data import Dataset
+from kansformer.kan.fitting import warn_outside
 from kansformer.kan.network import KAN
 
 
