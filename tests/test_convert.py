@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -415,3 +416,40 @@ def test_smollm2():
     assert torch.equal(converted(**inputs).logits, logits)
     assert torch.equal(converted.generate(**inputs, max_new_tokens=64, do_sample=False), answer)
     assert "Mercury" in words.decode(answer[0])
+
+
+# The command line
+
+
+def test_what_can_be_done_is_listed(capsys, monkeypatch):
+    overview = importlib.import_module("kansformer.__main__")
+    monkeypatch.setattr(sys, "argv", ["kansformer"])
+    overview.main()
+    listed = capsys.readouterr().out
+    assert "python -m kansformer.convert SRC DST" in listed
+    for command in overview.COMMANDS:
+        assert command in listed
+        words = command.split()
+        assert importlib.util.find_spec(words[2]) if words[1] == "-m" else (ROOT / words[1]).exists()
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "--calibrate FILE" in capsys.readouterr().out
+
+
+def test_fine_tuning_script(tmp_path):
+    """Splines, LoRA and the whole model, a few steps each: all learn, from the same loss."""
+    pytest.importorskip("peft")
+    checkpoint(tmp_path / "source", family="smollm3")
+    words = " ".join(f"w{2 + index % 7}" for index in range(4000))
+    (tmp_path / "text").write_text("\n".join([words] * 3))
+    command = [sys.executable, "train/finetune_converted.py", str(tmp_path / "source"), "--steps", "12"]
+    command += ["--train_text", str(tmp_path / "text"), "--valid_text", str(tmp_path / "text")]
+    command += ["--sequence_length", "32", "--valid_sequences", "4"]
+    command += ["--rate", "splines=3e-2", "--rate", "lora=1e-2", "--rate", "full=1e-3"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])["results"]
+    assert [result["method"] for result in results] == ["splines", "lora", "full"]
+    assert all(result["before"] == pytest.approx(results[0]["before"], rel=1e-5) for result in results)
+    assert all(result["after"] < result["before"] for result in results), results
