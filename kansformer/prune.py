@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokenizer,
             options.text,
             vocab_size=model.config.vocab_size,
-            sequence_length=options.sequence_length,
+            sequence_length=min(options.sequence_length, model.config.max_position_embeddings),
             max_tokens=options.tokens,
         )
         cut = max(1, 3 * len(batches) // 4)

@@ -340,6 +340,7 @@ def test_command_says_what_is_wrong(folder):
     assert "has 0 tokens: give a text" in refused(model, "--text", folder / "empty.txt")
     assert "binary.txt is not UTF-8 text" in refused(model, "--text", folder / "binary.txt")
     assert "is not a file" in refused(model, "--text", folder / "nowhere.txt")
+    assert "needs at least two" in refused(model, "--text", text, "--tokens", "1")
     assert f"did you mean {model}?" in refused(folder, "--text", text)
     assert "no config.json" in refused(folder / "nowhere", "--text", text)
     tiny_model("kan", vocab_size=64).save_pretrained(folder / "small")

@@ -1,6 +1,7 @@
 """Structured pruning: the smaller model against one whose other units are silent, and what units are worth."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,33 @@ def test_a_trained_model_keeps_what_it_knows(ffn_type):
     opposite = rise([-u.importance for u in units])
     assert measured < 0.75 * chance
     assert chance < opposite
+
+
+def test_bench_prune(tmp_path):
+    """The benchmark runs end to end, at sizes that measure nothing."""
+    for name in ("kan_gated", "swiglu"):
+        tiny_model(name).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    models = [str(tmp_path / name) for name in ("kan_gated", "swiglu")]
+    small = ["--shares", "0.5", "--finetuned_shares", "0.5", "--finetune_steps", "2", "--probes", "2"]
+    small += ["--measure_tokens", "1024", "--held_out_tokens", "512", "--sequence_length", "32"]
+    command = [sys.executable, str(ROOT / "benchmarks/bench_prune.py"), "--models", *models, *small]
+    run = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "prune.json").read_text())
+    assert json.loads(run.stdout.splitlines()[-1]) == {m["name"]: m["loss"] for m in result["models"]}
+    for m in result["models"]:
+        whole, half = m["curve"]
+        assert whole["loss"] == pytest.approx(m["loss"], rel=1e-6)
+        assert half["sizes"] == H // 2
+        assert half["parameters"] < whole["parameters"]
+        assert {"taylor", "energy", "magnitude", "chance"} == {row["criterion"] for row in m["criteria"]}
+    grids = {row["grid_size"]: row for row in result["models"][0]["grids"]}
+    assert result["models"][1]["grids"] == []
+    assert grids[6]["loss"] == pytest.approx(grids[3]["loss"], rel=1e-5)  # finer, the same function
+    assert grids[1]["parameters"] < grids[3]["parameters"] < grids[6]["parameters"]
+    assert (tmp_path / "prune.png").stat().st_size > 10_000
+    assert result["environment"]["commit"] in (tmp_path / "prune.md").read_text()
 
 
 # The command

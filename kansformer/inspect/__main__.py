@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokenizer,
             options.text,
             vocab_size=model.config.vocab_size,
-            sequence_length=options.sequence_length,
+            sequence_length=min(options.sequence_length, model.config.max_position_embeddings),
             max_tokens=options.tokens,
         )
         page = report(measure(model, batches), facts(options, model, batches), formulas)
@@ -56,7 +56,7 @@ def facts(options: argparse.Namespace, model, batches: Sequence[torch.Tensor]) -
         "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         **({"of these, feed-forward": f"{feed_forward:,}"} if feed_forward else {}),
         "Layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",
-        "Text": options.text,
+        "Text": Path(options.text).name,
         "Tokens": f"{sum(b.numel() for b in batches):,}",
         "Made with": f"kansformer {kansformer.__version__}{_commit()}, torch {torch.__version__}",
     }

@@ -45,9 +45,15 @@ def token_batches(
 ) -> list[Tensor]:
     """The first `max_tokens` tokens of a UTF-8 text file, as int64 (batch, sequence) batches; the last may be smaller.
 
+    Args:
+        vocab_size: the model's.
+        sequence_length: tokens of a sequence, at most what the model is meant for.
     Raises:
-        ValueError: if the file is missing, not text, or has fewer than two tokens, or the tokenizer is not the model's.
+        ValueError: if a number is too small, the file is missing, not text or has fewer than two tokens, or the
+            tokenizer is not the model's.
     """
+    if sequence_length < 2 or max_tokens < 2:
+        raise ValueError(f"{max_tokens} tokens in sequences of {sequence_length}: a prediction needs at least two")
     text = Path(text)
     if not text.is_file():
         raise ValueError(f"text {str(text)!r} is not a file (looked from {Path.cwd()})")
