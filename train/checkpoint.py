@@ -65,7 +65,7 @@ def save(
         try:
             _write(folder, model, weights, moments, tokenizer, {"step": step, "identity": identity, "best": best})
             if best is not None:
-                _write_best(root, best)
+                replace_text(root / BEST, json.dumps({"checkpoint": _name(best["step"]), **best}, indent=1))
             # Newer ones can stand there, broken: `newest` skipped them. They do not count, and are replaced in time.
             older = [path for path in sorted(root.glob("step-*")) if path.name < folder.name]
             for path in older[: max(0, len(older) - (keep - 1))]:
@@ -93,6 +93,21 @@ def copy_model(accelerator, root: Path, step: int, folder: Path) -> None:
             raise ValueError(f"the best checkpoint {source} is damaged: {fault}; --final_model last saves the last one")
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STATE, "optimizer.*"))
     accelerator.wait_for_everyone()
+
+
+def replace(folder: Path, finished: Path) -> None:
+    """Put a finished folder, written beside, in the place of `folder`: the one or the other is there, or neither."""
+    if folder.exists():
+        _discard(folder)
+    finished.rename(folder)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a whole file or leave the one that is there."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text)
+    _sync(scratch)
+    scratch.replace(path)
 
 
 def best(root: Path) -> Path | None:
@@ -223,13 +238,6 @@ def _write(folder: Path, model, weights, moments, tokenizer, state: dict) -> Non
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-
-
-def _write_best(root: Path, best: dict) -> None:
-    scratch = root / f".{BEST}.tmp"
-    scratch.write_text(json.dumps({"checkpoint": _name(best["step"]), **best}, indent=1))
-    _sync(scratch)
-    scratch.replace(root / BEST)
 
 
 def _discard(folder: Path) -> None:

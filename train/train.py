@@ -171,7 +171,7 @@ class Run:
         asked = dataclasses.asdict(settings)
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "settings.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+            checkpoint.replace_text(self.output / "settings.yaml", yaml.safe_dump(asked, sort_keys=False))
         self.metrics = metrics.Metrics(self.output / "metrics.jsonl", accelerator, self.step)
         if self.step < settings.steps:  # else it is done already
             where = metrics.provenance(accelerator)
@@ -221,7 +221,7 @@ class Run:
                 if evaluating:
                     self.figures = self.evaluate()
                     self.metrics.log(done, tokens=tokens, **self.figures)
-                    progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.figures.items()))
+                    self.say(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.figures.items()))
                     if (
                         settings.keep_best
                         and self.figures["val_loss"] < (self.best or {"val_loss": math.inf})["val_loss"]
@@ -296,9 +296,14 @@ class Run:
             )
         return loss, norm, bool(stopping)
 
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
     def warn(self, alarm: str, on: bool, step: int, message: str) -> None:
         if self.episodes.begins(alarm, on):
-            tqdm.write(f"warning: step {step}: {message}") if self.accelerator.is_main_process else None
+            self.say(f"warning: step {step}: {message}")
             self.metrics.log(step, event="warning", alarm=alarm, message=message)
 
     def update_grids(self) -> None:
@@ -369,13 +374,15 @@ class Run:
             results |= {"best_step": self.best["step"], "best_val_loss": self.best["val_loss"]}
         if hasattr(self.bare_model, "parameter_counts"):
             results["feed_forward_parameters"] = self.bare_model.parameter_counts()["feed_forward"]
+        finished = self.output / ".model.new"
         if settings.final_model == "best":
-            checkpoint.copy_model(self.accelerator, self.checkpoints, self.best["step"], self.output / "model")
+            checkpoint.copy_model(self.accelerator, self.checkpoints, self.best["step"], finished)
         else:
-            checkpoint.save_model(self.accelerator, self.bare_model, self.tokenizer, self.output / "model")
+            checkpoint.save_model(self.accelerator, self.bare_model, self.tokenizer, finished)
         if self.accelerator.is_main_process:
-            (self.output / "model" / "README.md").write_text(report.model_card(settings, results, self.config))
-            (self.output / "results.json").write_text(json.dumps(results, indent=1))
+            (finished / "README.md").write_text(report.model_card(settings, results, self.config))
+            checkpoint.replace(self.output / "model", finished)
+            checkpoint.replace_text(self.output / "results.json", json.dumps(results, indent=1))
             try:
                 written = report.write([self.output], self.output)
             except ImportError as error:  # all is saved: a missing picture is no failed run
