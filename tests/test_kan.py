@@ -156,7 +156,7 @@ def test_the_staircase_descends(data):
 
 
 def test_lbfgs_goes_where_float64_can_go():
-    """y = x^2 is a spline: what is left is rounding. torch.optim.LBFGS stops at about 1e-6 (its curvature test)."""
+    """y = x^2 is a spline: what is left is rounding."""
     data = create_dataset(lambda x: x.square(), n_var=1, train_num=100, test_num=50, dtype=torch.float64)
     history = KAN([1, 1], dtype=torch.float64).fit(data, steps=50, progress=False)
     assert history["test_loss"][-1] < 1e-9

@@ -220,8 +220,8 @@ class _NotFinite(Exception):
 def _lbfgs(run: _Run, steps: int) -> bool:
     """At most steps * LBFGS_ITERATIONS iterations; whether another segment is worth its while.
 
-    Why not torch.optim.LBFGS: it drops every curvature pair with y.s <= 1e-10, so that it stalls at an RMSE of about
-    1e-5, and its two loops and line search cost more than a small network.
+    Why not torch.optim.LBFGS: it drops every curvature pair with y.s <= 1e-10, which small errors all are, and
+    its two loops run in Python.
     """
     try:
         from scipy.optimize import minimize
