@@ -439,6 +439,7 @@ def fsdp2_environment() -> dict[str, str]:
     return {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_checkpoints_resumes_and_reshards(workplace, straight, tmp_path):
     """By accelerate's own route in two processes: 2 -> 2 bit-equal; 2 -> 1, 1 -> 2 and the run of one to rounding."""
     environment = fsdp2_environment() | {"ACCELERATE_TORCH_DEVICE": "cpu"}

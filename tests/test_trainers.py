@@ -12,8 +12,8 @@ from training import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-# TRL sets an argument that transformers 5.2x renames
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+# TRL uses names that transformers 5.2x renames
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 COMMON = ["--use_cpu", "true", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none"]
 
 
