@@ -407,13 +407,14 @@ def test_smollm2():
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     opened = open_source(file)  # what convert(file) does first; reading the file is most of the time here
     source, words = opened.model(), opened.tokenizer
-    chat = [{"role": "user", "content": "Name the planets and say one thing about each."}]
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = words.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = source.generate(**inputs, max_new_tokens=64, do_sample=False)
+    settings = {"min_new_tokens": 64, "max_new_tokens": 64, "do_sample": False}
+    answer = source.generate(**inputs, **settings)
     converted = convert(source, calibration=inputs["input_ids"])
     assert torch.equal(converted(**inputs).logits, source(**inputs).logits)
-    assert torch.equal(converted.generate(**inputs, max_new_tokens=64, do_sample=False), answer)
-    assert "Mercury" in words.decode(answer[0])
+    assert torch.equal(converted.generate(**inputs, **settings), answer)
+    assert "Paris" in words.decode(answer[0])
 
 
 # The command line
