@@ -35,7 +35,7 @@ def formulas(statistics: EdgeStatistics, edges: Tensor) -> list[str]:
                 best = index
         a, b, c, d = map(_number, parameters[best])
         expression = c * LIBRARY[NAMES[best]].sympy(sympy, a * sympy.Symbol("x") + b) + d
-        written = str(expression).replace("**", "^").replace("*", " ")
+        written = str(expression).replace("**", "^").replace("*", " ").lower()  # Abs
         found.append(f"{written} (R²\u00a0{scores[best]:.2f})")
     return found
 
