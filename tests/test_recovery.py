@@ -352,7 +352,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_runs_is_taken_over(workplace, tmp
 def test_old_checkpoints_are_deleted_and_a_finished_run_is_not_repeated(workplace, tmp_path):
     arguments = command(workplace, tmp_path, save_every=5, keep_checkpoints=2)
     results = train.main(arguments)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000015", "step-00000020"]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000015", "step-00000020"]
     metrics = (tmp_path / "metrics.jsonl").read_text()
     again = train.main(arguments)
     assert again["val_loss"] == results["val_loss"]
