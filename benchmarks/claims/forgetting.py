@@ -131,7 +131,7 @@ def networks(grid: int, seed: int) -> dict[str, nn.Module]:
     options = {"grid_size": grid, "seed": seed, "dtype": torch.float64}
     kan = KAN([1, 1], base_activation=None, **options)
     size = count(kan)
-    found: dict[str, nn.Module] = {ARTICLE: kan, "KAN [1, 1], base term": KAN([1, 1], **options)}
+    found: dict[str, nn.Module] = {ARTICLE: kan, "KAN [1, 1], base": KAN([1, 1], **options)}
     for width in (2, 5):  # with the same number of parameters: a coarser grid on more edges
         coarse = max(3, size // (2 * width) - 4)
         found[f"KAN [1, {width}, 1]"] = KAN([1, width, 1], **options | {"grid_size": coarse})
@@ -327,7 +327,7 @@ def draw(peaks: list[dict], language: list[dict]):
     dense = min((r for r in peaks if r["network"].startswith(DENSE)), key=lambda r: r["final"])
     x = torch.linspace(-1, 1, 401, dtype=torch.float64)
     y = target(x)
-    shown = [next(r for r in peaks if r["network"] == n) for n in (ARTICLE, "KAN [1, 1], base term", DEEP)] + [dense]
+    shown = [next(r for r in peaks if r["network"] == n) for n in (ARTICLE, "KAN [1, 1], base", DEEP)] + [dense]
     for i, row in enumerate(shown):
         for phase in range(PEAKS):
             axis = figure.add_subplot(grid[i, phase])
@@ -338,7 +338,8 @@ def draw(peaks: list[dict], language: list[dict]):
             if i == 0:
                 axis.set_title(f"phase {phase + 1}")
             if phase == 0:
-                axis.set_ylabel(row["network"].replace(", ", ",\n", 2) if i else row["network"], fontsize=8)
+                name, _, variant = row["network"].rpartition(", ")
+                axis.set_ylabel(f"{name}\n{variant}" if variant.isalpha() else row["network"], fontsize=8)
     bars = figure.add_subplot(grid[:, PEAKS:])
     names = list(dict.fromkeys(r["block"] for r in language))
     for name in names:

@@ -114,15 +114,16 @@ def read(data: Dataset, seed: int, steps: int) -> dict:
     }
 
 
-def prune(data: Dataset, model: KAN, steps: int) -> tuple[KAN, list[int]]:
+def prune(data: Dataset, model: KAN, steps: int, least: int = 1) -> tuple[KAN, list[int]]:
     """The smallest network that fits as well, to a factor of four: the least important node goes, again and again.
 
-    Returns it with the number of hidden nodes after each step.
+    Started at its own size a small network falls into poor minima. Returns it with the number of hidden nodes after
+    each step; `least` of them stay.
     """
     model.fit(data, steps=steps, lamb=1e-2, progress=False)
     model = model.prune()
-    error, nodes = fitted(model, data, steps // 2), [5, model.width[1][0]]
-    while nodes[-1] > 1:
+    error, nodes = fitted(model, data, steps // 2), [model.width[1][0]]
+    while nodes[-1] > least:
         scores = model.importance().nodes[1].sort().values
         smaller = model.prune(node_threshold=scores[:2].mean().item(), edge_threshold=1e-3)
         smaller.fit(data, steps=steps, lamb=1e-3, progress=False)

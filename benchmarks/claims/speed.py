@@ -162,17 +162,22 @@ def draw(small: list[dict], large: list[dict], d: int):
     panels = {
         "Gradient of [2, 5, 1]": {r["network"]: r["gradient_ratio"] for r in small},
         "L-BFGS step of [2, 5, 1]": {r["network"]: r["step_ratio"] for r in small},
-        f"Block of width {d}, forward + backward": {r["block"]: r["step_ratio"] for r in large},
+        f"Step of a block, d = {d}": {r["block"]: r["step_ratio"] for r in large},
     }
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 1.2 + 0.3 * max(map(len, panels.values()))))
     for axis, (title, values) in zip(axes, panels.items()):
         names = list(values)[::-1]
         colours = [_colour(name) for name in names]
         bars = axis.barh(names, [values[n] for n in names], color=colours, height=0.7)
-        axis.bar_label(bars, fmt="%.2g", padding=3, fontsize=8)
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         axis.axvline(1, color=COLOURS["ink"], linewidth=0.8)
         axis.axvline(10, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlim=(0.5, 3 * max(10, *values.values())), title=title, xlabel="time, MLP = 1")
+        axis.set(
+            xscale="log",
+            xlim=(0.5 * min(values.values()), 4 * max(10, *values.values())),
+            title=title,
+            xlabel="time, MLP = 1",
+        )
     return figure
 
 
