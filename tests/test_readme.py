@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def code(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks() -> list[tuple[str, str]]:
+    """(language, code) of every fenced block, top to bottom."""
+    return re.findall(r"```(python|bash)\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,18 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_commands_and_code(folder):
-    python_blocks, (commands,) = code("python"), code("bash")
-    model, layer, load = python_blocks
-    run(["-c", model.replace("range(50)", "range(2)")], folder)
-    run(["-c", layer], folder)
-    for line in commands.strip().splitlines():
-        words = shlex.split(re.sub(r"--steps \d+", "--steps 2 --warmup_steps 1 --val_fraction 0.01", line))
-        program = ["-m", "torch.distributed.run", "--standalone"] if words[0] == "torchrun" else []
-        assert words[0] in ("python", "torchrun"), line
-        run(program + words[1:], folder)
-    assert "ROMEO:" in run(["-c", load], folder)
+    printed = {}
+    for language, text in blocks():
+        if language == "python":
+            printed[text] = run(["-c", text.replace("range(50)", "range(2)")], folder)
+            continue
+        for line in text.strip().splitlines():
+            words = shlex.split(re.sub(r"--steps \d+", "--steps 2 --warmup_steps 1 --val_fraction 0.01", line))
+            program = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+            assert words[0] in ("python", "torchrun"), line
+            printed[line] = run(program + words[1:], folder)
+    assert any("ROMEO:" in output for output in printed.values())
+    assert any("exp(y**2 + sin(3.14" in output for output in printed.values())
 
 
 def run(arguments: list[str], folder: Path) -> str:

@@ -78,6 +78,9 @@ class SymbolicEdges(nn.Module):
             self._grouped = self.function, self.function._version, groups
         return groups
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_grouped": None}  # versions of a copy count from 0
+
     @torch.no_grad()
     def set(self, o: Tensor | int, i: Tensor | int, function: Tensor | int, affine: Tensor | None = None) -> None:
         """Make edges i -> o the functions of these places in LIBRARY, or SPLINE."""

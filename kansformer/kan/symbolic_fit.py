@@ -23,6 +23,8 @@ STARTS = 4
 STEPS = 40  # at most, of step 2; functions that are in the library take about ten
 PATIENCE = 5  # steps without a gain of a thousandth, on any edge, end step 2
 SAMPLES = 512  # at most, in step 2; step 3 takes all
+FLAT, FAR = 0.03, 40.0  # |alpha| below, |beta / alpha| above: a straight line, and c f + d nothing but cancellation
+VARIES = 1e-4  # of its size, at least, in the search: a saturated tanh fits an exponential, with c = 1e8
 CHUNK = 64  # edges at a time: 64 * 512 * STARTS float64 are 1 MiB
 
 
@@ -69,9 +71,9 @@ def line(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return c, d, (y - c.unsqueeze(-1) * f - d.unsqueeze(-1)).square().sum(-1)
 
 
-def _slope(f: Tensor, centred: Tensor, y: Tensor) -> Tensor:
+def _slope(f: Tensor, centred: Tensor, y: Tensor, varies: float = 1e-13) -> Tensor:
     energy = centred.square().sum(-1)
-    constant = energy <= (f.abs().amax(-1) * 1e-13).square() * f.shape[-1]
+    constant = energy <= (f.abs().amax(-1) * varies).square() * f.shape[-1]
     return torch.where(constant, 0, (centred * y).sum(-1) / torch.where(constant, 1, energy))
 
 
@@ -149,16 +151,17 @@ def _starts(function: Function, curve: Tensor) -> Tensor:
     candidates = candidates[_in_domain(function, *candidates.unbind(1))]
     t = torch.linspace(-1, 1, POINTS, dtype=curve.dtype, device=curve.device)
     f = function(candidates[:, :1] * t + candidates[:, 1:])  # (K, P)
+    least = f.norm(dim=1, keepdim=True) * VARIES
     f = f - f.mean(1, keepdim=True)
-    f = f / f.norm(dim=1, keepdim=True).clamp_min(torch.finfo(f.dtype).tiny)
+    f = f / torch.maximum(f.norm(dim=1, keepdim=True), least).clamp_min(torch.finfo(f.dtype).tiny)
     r2 = (f @ (curve - curve.mean(1, keepdim=True)).mT).square()  # (K, E), up to a factor of each edge
     parts = zip(r2.tensor_split(STARTS), candidates.tensor_split(STARTS))
     return torch.stack([part[scores.argmax(0)] for scores, part in parts if len(part)]).permute(2, 0, 1)
 
 
 def _in_domain(function: Function, alpha: Tensor, beta: Tensor) -> Tensor:
-    low, high = function.domain
-    return (beta - alpha.abs() >= low) & (beta + alpha.abs() <= high)
+    (low, high), reach = function.domain, alpha.abs()
+    return (beta - reach >= low) & (beta + reach <= high) & (reach >= FLAT) & (beta.abs() <= FAR * reach)
 
 
 def _refine(function: Function, t: Tensor, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +202,7 @@ def _linearise(function: Function, theta: Tensor, t: Tensor, y: Tensor) -> tuple
         (slope,) = torch.autograd.grad(f.sum(), u)
     f = f.detach()
     centred = f - f.mean(-1, keepdim=True)
-    c = _slope(f, centred, y).unsqueeze(-1)
+    c = _slope(f, centred, y, VARIES).unsqueeze(-1)
     residual = y - c * centred
     jacobian = c * torch.stack([slope * t, slope])
     jacobian = jacobian - jacobian.mean(-1, keepdim=True)
