@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +32,18 @@ def launch(arguments: list[str], processes: int = 1, script: str = "train/train.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment,
+        start_new_session=True,
     )
 
 
 def finish(process, code: int = 0) -> tuple[str, str]:
-    """What a launched run printed, once it has ended with `code`."""
-    out, err = process.communicate(timeout=240)
+    """What a launched run printed, once it has ended with `code`. One that hangs says where, and all of it is ended."""
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # every process prints its stacks
+        out, err = process.communicate()
     assert process.returncode == code, err[-3000:]
     return out, err
 

@@ -61,11 +61,14 @@ def main(arguments: list[str]) -> dict:
     metrics.check_tracker(settings.tracker)
     run = Run(settings)
     with checkpoint.sole_use(run.output) if run.accelerator.is_main_process else nullcontext():
-        run.start()
-        with stop_signals() as run.stop:
-            run.deadline = time.monotonic() + 60 * (settings.max_minutes or math.inf)
-            run.train(settings.steps)
-        return run.finish()
+        try:
+            run.start()
+            with stop_signals() as run.stop:
+                run.deadline = time.monotonic() + 60 * (settings.max_minutes or math.inf)
+                run.train(settings.steps)
+            return run.finish()
+        finally:
+            run.close()
 
 
 class Run:
@@ -232,7 +235,6 @@ class Run:
                 if stopping:
                     reason = self.stop[0] if self.stop else "another process's signal, or max_minutes"
                     self.accelerator.print(f"stopped at step {done} ({reason}); the same command goes on")
-                    self.accelerator.end_training()
                     raise SystemExit(EXIT_STOPPED)
                 mark = time.perf_counter()
 
@@ -388,8 +390,17 @@ class Run:
             except ImportError as error:  # all is saved: a missing picture is no failed run
                 written = f"none ({error})"
             self.accelerator.print(f"model: {self.output / 'model'}\nreport: {written}")
-        self.accelerator.end_training()
         return results
+
+    def close(self) -> None:
+        """End trackers and the process group, the data parallel wrapper before it.
+
+        The wrapper's destructor keeps the interpreter's lock. Were it the last to hold the group, it would wait for
+        the group's threads, and they, with a tensor of Python's to drop, for that lock (pytorch issue 56297).
+        """
+        self.model = None
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
 
 def token_loss(model, inputs: torch.Tensor, targets: torch.Tensor, num_targets: int) -> torch.Tensor:

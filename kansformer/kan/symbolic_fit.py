@@ -24,7 +24,7 @@ STEPS = 40  # at most, of step 2; functions that are in the library take about t
 PATIENCE = 5  # steps without a gain of a thousandth, on any edge, end step 2
 SAMPLES = 512  # at most, in step 2; step 3 takes all
 FLAT, FAR = 0.03, 40.0  # |alpha| below, |beta / alpha| above: a straight line, and c f + d nothing but cancellation
-VARIES = 1e-4  # of its size, at least, in the search: a saturated tanh fits an exponential, with c = 1e8
+VARIES = 1e-4  # of max(1, |f|), at least, in the search: a far tail of sigmoid fits exp, with c = 1e15
 CHUNK = 64  # edges at a time: 64 * 512 * STARTS float64 are 1 MiB
 
 
@@ -71,9 +71,11 @@ def line(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return c, d, (y - c.unsqueeze(-1) * f - d.unsqueeze(-1)).square().sum(-1)
 
 
-def _slope(f: Tensor, centred: Tensor, y: Tensor, varies: float = 1e-13) -> Tensor:
+def _slope(f: Tensor, centred: Tensor, y: Tensor, least: Tensor | None = None) -> Tensor:
+    """c; 0 where the standard deviation of f is below `least`, by default rounding."""
     energy = centred.square().sum(-1)
-    constant = energy <= (f.abs().amax(-1) * varies).square() * f.shape[-1]
+    least = f.abs().amax(-1) * 1e-13 if least is None else least
+    constant = energy <= least.square() * f.shape[-1]
     return torch.where(constant, 0, (centred * y).sum(-1) / torch.where(constant, 1, energy))
 
 
@@ -151,12 +153,17 @@ def _starts(function: Function, curve: Tensor) -> Tensor:
     candidates = candidates[_in_domain(function, *candidates.unbind(1))]
     t = torch.linspace(-1, 1, POINTS, dtype=curve.dtype, device=curve.device)
     f = function(candidates[:, :1] * t + candidates[:, 1:])  # (K, P)
-    least = f.norm(dim=1, keepdim=True) * VARIES
+    least = _least(f).unsqueeze(1) * POINTS**0.5
     f = f - f.mean(1, keepdim=True)
-    f = f / torch.maximum(f.norm(dim=1, keepdim=True), least).clamp_min(torch.finfo(f.dtype).tiny)
+    f = f / torch.maximum(f.norm(dim=1, keepdim=True), least)
     r2 = (f @ (curve - curve.mean(1, keepdim=True)).mT).square()  # (K, E), up to a factor of each edge
     parts = zip(r2.tensor_split(STARTS), candidates.tensor_split(STARTS))
     return torch.stack([part[scores.argmax(0)] for scores, part in parts if len(part)]).permute(2, 0, 1)
+
+
+def _least(f: Tensor) -> Tensor:
+    """The standard deviation over the last dimension below which f counts as constant in the search."""
+    return f.abs().amax(-1).clamp_min(1) * VARIES
 
 
 def _in_domain(function: Function, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -202,7 +209,7 @@ def _linearise(function: Function, theta: Tensor, t: Tensor, y: Tensor) -> tuple
         (slope,) = torch.autograd.grad(f.sum(), u)
     f = f.detach()
     centred = f - f.mean(-1, keepdim=True)
-    c = _slope(f, centred, y, VARIES).unsqueeze(-1)
+    c = _slope(f, centred, y, _least(f)).unsqueeze(-1)
     residual = y - c * centred
     jacobian = c * torch.stack([slope * t, slope])
     jacobian = jacobian - jacobian.mean(-1, keepdim=True)
