@@ -31,9 +31,10 @@ def environment(device: str, **settings: object) -> dict:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return run.stdout.strip() if run.returncode == 0 else "unknown"
 
+    code = ("kansformer", "benchmarks", "train", ":(exclude)*.md", ":(exclude)benchmarks/results")
     return {
         "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "kansformer", "benchmarks", "train")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *code)),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),

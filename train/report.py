@@ -135,7 +135,8 @@ def figures(history: History) -> dict[str, str]:
         rows["peak memory (MB)"] = f"{max(line['peak_memory_bytes'] for line in steps) / 1e6:,.0f}"
         if "activation_memory_bytes" in steps[-1]:
             rows["of it activations (MB)"] = f"{steps[-1]['activation_memory_bytes'] / 1e6:,.0f}"
-    rows["starts"] = str(len(history.starts) or "")
+    if history.starts:
+        rows["starts"] = str(len(history.starts))
     rows["warnings"] = str(len(history.warnings))
     return rows
 
