@@ -212,6 +212,7 @@ def climb(
 
 def _lbfgs(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int, look: Callable[[int], bool]) -> None:
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
     sizes = [p.numel() for p in parameters]
 
@@ -240,7 +241,8 @@ def _lbfgs(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int, loo
         before = done
         start = torch.cat([p.detach().flatten() for p in parameters]).double().numpy()
         options = {"maxiter": steps - done, "maxfun": 10 * steps, "maxcor": 10, "ftol": 0.0, "gtol": 0.0}
-        put(minimize(value, start, jac=True, method="L-BFGS-B", callback=after_step, options=options).x)
+        with threadpool_limits(1, user_api="blas"):  # as in KAN.fit
+            put(minimize(value, start, jac=True, method="L-BFGS-B", callback=after_step, options=options).x)
         if done == before:  # nor does the gradient lead anywhere
             look(steps)
             return

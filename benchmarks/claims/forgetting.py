@@ -350,7 +350,7 @@ def draw(peaks: list[dict], language: list[dict]):
         )  # fmt: skip
         bars.annotate(name, (m["new"], m["forgotten"]), (7, 7), textcoords="offset points", color=BLOCK_COLOURS[name])
     bars.margins(0.25)
-    bars.set(xlabel="loss on Python after learning it (nats a byte)", ylabel="forgotten of Shakespeare (nats a byte)")
+    bars.set(xlabel="loss on Python after learning it (nats a byte)", ylabel="Shakespeare forgotten (nats a byte)")
     bars.set_title("Two corpora in sequence: mean, std over seeds")
     return figure
 

@@ -283,6 +283,7 @@ def draw(paths: list[dict], stairs: list[dict], peers: list[dict]):
     middle_axis.set_xticks(GRIDS, [str(g) for g in GRIDS])
     middle_axis.minorticks_off()
     right.set(title="The same over time", xlabel="seconds, one thread")
+    right.xaxis.set_minor_formatter("")
     for axis in (middle_axis, right):
         axis.legend()
     return figure

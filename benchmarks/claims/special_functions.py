@@ -322,7 +322,7 @@ def draw(rows: list[dict], pairs: dict[str, float], known: list[dict]):
     last.loglog(x, 0.02 * (x / 7) ** -4, color=COLOURS["ink"], linestyle=":", label="slope -4")
     last.set_title("Known shapes: RMSE against G + 4", fontsize=8)
     last.tick_params(labelsize=7)
-    last.legend(fontsize=6)
+    last.legend(fontsize=6, loc="lower left")
     cells[0].legend(fontsize=8)
     for axis in cells[len(pairs) + 1 :]:
         axis.set_visible(False)

@@ -225,6 +225,7 @@ def _lbfgs(run: _Run, steps: int) -> bool:
     """
     try:
         from scipy.optimize import minimize
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError('L-BFGS needs scipy: pip install "kansformer[science]", or use optimizer="adam"') from error
     parameters, x, y = run.parameters(), run.data.train_input, run.data.train_label
@@ -263,7 +264,8 @@ def _lbfgs(run: _Run, steps: int) -> bool:
         before, finite = count, True
         limits["maxiter"] = steps * LBFGS_ITERATIONS - count
         try:
-            minimize(value, good, jac=True, method="L-BFGS-B", callback=accept, options=limits)
+            with threadpool_limits(1, user_api="blas"):  # its threads wait in busy loops on torch's cores: 7x the time
+                minimize(value, good, jac=True, method="L-BFGS-B", callback=accept, options=limits)
         except _NotFinite:
             finite = False  # a step too long: again from the last good point, with a short first step
         # A line search fails where differences of the loss are its rounding: worth new memory only while that is used.
