@@ -9,7 +9,7 @@ COMMANDS = {
     "python -m kansformer.inspect MODEL --text FILE": "what the edge functions of a model do on a text, as a page",
     "python train/train.py CONFIG": "train a model on text",
     "python train/demo.py": "train a KAN and a SwiGLU model of equal size on Shakespeare, and compare them",
-    "python train/finetune_converted.py MODEL": "fine-tune the splines of a converted model, LoRA or all of it",
+    "python benchmarks/bench_finetune.py MODEL": "fine-tune a converted model: its splines alone, LoRA, or all of it",
 }
 
 
@@ -19,7 +19,7 @@ def main() -> None:
         for command, what in COMMANDS.items()
         if not command.startswith("python -m") or importlib.util.find_spec(command.split()[2])
     ]
-    listed = "\n".join(["commands (--help on each says more; train/ is in the repository):", *rows])
+    listed = "\n".join(["commands (--help on each says more; train/ and benchmarks/ are in the repository):", *rows])
     parser = argparse.ArgumentParser(
         "python -m kansformer",
         description="Transformers whose feed-forward blocks are Kolmogorov-Arnold layers.",

@@ -442,13 +442,14 @@ def test_fine_tuning_script(tmp_path):
     checkpoint(tmp_path / "source", family="smollm3")
     words = " ".join(f"w{2 + index % 7}" for index in range(4000))
     (tmp_path / "text").write_text("\n".join([words] * 3))
-    command = [sys.executable, "train/finetune_converted.py", str(tmp_path / "source"), "--steps", "12"]
+    command = [sys.executable, "benchmarks/bench_finetune.py", str(tmp_path / "source"), "--steps", "12"]
+    command += ["--output", str(tmp_path / "table")]
     command += ["--train_text", str(tmp_path / "text"), "--valid_text", str(tmp_path / "text")]
     command += ["--sequence_length", "32", "--valid_sequences", "4"]
     command += ["--rate", "splines=3e-2", "--rate", "lora=1e-2", "--rate", "full=1e-3"]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout.splitlines()[-1])["results"]
+    results = json.loads((tmp_path / "table/table.json").read_text())["results"]
     assert [result["method"] for result in results] == ["splines", "lora", "full"]
     assert all(result["before"] == pytest.approx(results[0]["before"], rel=1e-5) for result in results)
     assert all(result["after"] < result["before"] for result in results), results

@@ -1,24 +1,24 @@
 """Fine-tune a converted model's splines alone, beside LoRA and full fine-tuning of its source at the same budget.
 
-    python train/finetune_converted.py SmolLM2-135M-Instruct.gguf --train_text train.txt --valid_text valid.txt
+    python benchmarks/bench_finetune.py SmolLM2-135M-Instruct.gguf --train_text train.txt --valid_text valid.txt
 
 Every method sees the same batches in the same order for the same number of steps, with AdamW, a linear warm-up over a
 tenth of them and a linear decay to zero, at a rate of its own (`--rate splines=1e-3`, given several times to try more).
-Printed: held-out loss before and after, trainable parameters and seconds; last a line of json.
+Held-out loss before and after, trainable parameters and seconds go into a table and a json under `--output`.
 """
 
 import argparse
 import bz2
 import copy
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from harness import RESULTS, environment, header, markdown, write, write_json
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
 
 from kansformer.convert import convert
 
@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--rate", action="append", metavar="METHOD=RATE", help=f"default {RATES}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "finetune", help="a folder, for table.md and table.json"
+    )
     options = parser.parse_args()
     runs = [(name, float(rate)) for name, rate in (item.split("=") for item in options.rate or [])] or RATES.items()
     if unknown := {name for name, _ in runs} - RATES.keys():
@@ -49,13 +52,26 @@ def main() -> None:
     if place.suffix == ".gguf":
         place, named = place.parent, {"gguf_file": place.name}
     tokenizer = AutoTokenizer.from_pretrained(place, **named)
+    if named:
+        named["quantization_config"] = GgufConfig(dequantize=True)
     source = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **named)
     shape = options.sequence_length, tokenizer
     train = sequences(options.train_text, options.steps * options.batch_size, *shape)
     valid = sequences(options.valid_text, options.valid_sequences, *shape)
 
-    print("| method | rate | trainable parameters | held-out loss before | after | seconds |")
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    keys = (
+        "steps",
+        "batch_size",
+        "sequence_length",
+        "valid_sequences",
+        "grid_size",
+        "spline_order",
+        "lora_rank",
+        "seed",
+    )
+    chosen = {key: getattr(options, key) for key in keys}
+    env = environment(options.device, dtype="float32", source=options.source.name, **chosen)
+    print(header(env), flush=True)
     results = []
     for name, rate in runs:
         set_seed(options.seed)
@@ -64,11 +80,21 @@ def main() -> None:
         before = held_out_loss(model, valid)
         seconds = fine_tune(model, train.split(options.batch_size), rate)
         after = held_out_loss(model, valid)
-        print(f"| {name} | {rate:g} | {trainable:,} | {before:.4f} | {after:.4f} | {seconds:.0f} |", flush=True)
         results.append({"method": name, "rate": rate, "trainable": trainable, "before": before, "after": after})
         results[-1]["seconds"] = seconds
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    print(json.dumps({"settings": settings, "results": results}))
+        print(results[-1], flush=True)
+    columns = ["method", "rate", "trainable parameters", "held-out loss before", "after", "seconds"]
+    table = markdown(
+        columns,
+        [
+            [r["method"], f"{r['rate']:g}", f"{r['trainable']:,}", f"{r['before']:.4f}", f"{r['after']:.4f}"]
+            + [f"{r['seconds']:.0f}"]
+            for r in results
+        ],
+    )
+    print(f"\n{table}")
+    write(options.output / "table.md", f"{header(env)}\n\n{table}\n")
+    write_json(options.output / "table.json", {"environment": env, "results": results})
 
 
 def prepare(method: str, source: nn.Module, calibration: Tensor, options: argparse.Namespace) -> nn.Module:
