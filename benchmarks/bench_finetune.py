@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from harness import RESULTS, environment, header, markdown, write, write_json
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kansformer.convert import convert
+from kansformer.sources import open_source
 
 RATES = {"splines": 1e-4, "lora": 5e-4, "full": 5e-5}  # the best of two each, benchmarks/results/finetune
 
@@ -48,13 +49,12 @@ def main() -> None:
     if unknown := {name for name, _ in runs} - RATES.keys():
         parser.error(f"--rate is for {', '.join(RATES)}, not {', '.join(sorted(unknown))}")
 
-    place, named = options.source, {}
-    if place.suffix == ".gguf":
-        place, named = place.parent, {"gguf_file": place.name}
-    tokenizer = AutoTokenizer.from_pretrained(place, **named)
-    if named:
-        named["quantization_config"] = GgufConfig(dequantize=True)
-    source = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **named)
+    if options.source.suffix == ".gguf":
+        opened = open_source(options.source)
+        source, tokenizer = opened.model(), opened.tokenizer
+    else:  # in memory: open_source leaves a folder's layers on disk, where nothing trains
+        source = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(options.source)
     shape = options.sequence_length, tokenizer
     train = sequences(options.train_text, options.steps * options.batch_size, *shape)
     valid = sequences(options.valid_text, options.valid_sequences, *shape)
