@@ -463,3 +463,16 @@ def test_demo(tmp_path):
         assert column in run.stdout
     for picture in ("loss.png", "edges.png"):
         assert (tmp_path / "demo" / picture).stat().st_size > 20_000
+
+
+def test_evaluation_of_some_batches(workplace, tmp_path):
+    """eval_batches counts what it read, spreads over the text, and is the whole of it where it asks for more."""
+    results = {}
+    for count in ("null", "3", "100000"):
+        arguments = command(workplace, tmp_path / count, steps=2, eval_every=2, eval_batches=count)
+        results[count] = train.main(arguments)
+    assert results["100000"]["val_loss"] == results["null"]["val_loss"]
+    assert results["3"]["val_loss"] != results["null"]["val_loss"]
+    assert results["3"]["val_loss"] == pytest.approx(results["null"]["val_loss"], rel=0.05)
+    ratios = [figures["val_bits_per_byte"] / figures["val_loss"] for figures in results.values()]
+    assert ratios == pytest.approx([ratios[0]] * 3)

@@ -54,6 +54,7 @@ class Settings:
     verify_data: bool = True  # compare the token files' digests at the start: about a second a GB
     log_every: int = 10
     eval_every: int = 250
+    eval_batches: int | None = None  # evaluate on so many batches, evenly spread over the text; null: all of it
     save_every: int = 500
     keep_checkpoints: int = 2  # the newest ones
     keep_best: bool = True  # and the one of the lowest validation loss: an evaluation that finds it saves it
@@ -75,7 +76,7 @@ class Settings:
             _check(name, getattr(self, name), getattr(self, name) > 0, "must be positive")
         for name in (
             *("micro_batch_size", "max_documents", "max_grad_norm", "processes", "max_minutes", "keep_checkpoints"),
-            *("spike_threshold", "out_of_grid_threshold"),
+            *("spike_threshold", "out_of_grid_threshold", "eval_batches"),
         ):
             value = getattr(self, name)
             _check(name, value, value is None or value > 0, "must be positive, or null for none")
@@ -105,7 +106,17 @@ class Settings:
 FREE_KEYS = {
     *("micro_batch_size", "device", "processes", "compile", "gradient_checkpointing", "output_dir", "cache_dir"),
     "verify_data",
-    *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best", "final_model", "resume", "max_minutes"),
+    *(
+        "log_every",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "keep_checkpoints",
+        "keep_best",
+        "final_model",
+        "resume",
+        "max_minutes",
+    ),
     *("tracker", "spike_window", "spike_threshold", "out_of_grid_threshold"),
 }
 

@@ -320,16 +320,25 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Every target of the validation text once: nats a token, bits a byte; the share of inputs off the grids."""
+        """Every target of the validation text once: nats a token, bits a byte; the share of inputs off the grids.
+
+        With `eval_batches`, so many batches in its place, evenly spread, and the bytes of an average token.
+        """
         self.model.eval()
         nats = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for step in range(math.ceil(self.val_batches.num_windows / self.settings.batch_size)):
+        batches = math.ceil(self.val_batches.num_windows / self.settings.batch_size)
+        chosen = min(batches, self.settings.eval_batches or batches)
+        steps = [index * batches // chosen for index in range(chosen)]
+        before = self.val_batches.targets_before
+        expected = sum(before(step + 1) - before(step) for step in steps)
+        for step in steps:
             for inputs, targets in self.micro_batches(self.val_batches, step):
                 nats[0] += token_loss(self.model, inputs, targets, 1)
                 nats[1] += (targets >= 0).sum()
         total, count = self.accelerator.reduce(nats).tolist()
-        assert count == self.val_batches.num_targets, f"{count} of {self.val_batches.num_targets} targets evaluated"
-        figures = {"val_loss": total / count, "val_bits_per_byte": bits_per_byte(total, self.val_text.num_bytes)}
+        assert count == expected, f"{count} of {expected} targets evaluated"
+        num_bytes = self.val_text.num_bytes * count / self.val_batches.num_targets
+        figures = {"val_loss": total / count, "val_bits_per_byte": bits_per_byte(total, num_bytes)}
         if shares := self.out_of_grid():
             worst, limit = max(shares, key=shares.get), self.settings.out_of_grid_threshold
             figures |= {"out_of_grid": sum(shares.values()) / len(shares), "out_of_grid_worst": shares[worst]}

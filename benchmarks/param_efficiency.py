@@ -1,0 +1,352 @@
+"""Parameter efficiency: a sweep of feed-forward blocks, sizes, learning rates and seeds, through train/train.py.
+
+    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml        # the headline: about an hour on 2 cores
+
+One yaml declares the sweep:
+
+    name      of its folder in benchmarks/results/
+    train     settings of train/train.py that all runs share
+    sizes     name: fields of KansformerConfig that make a size
+    models    name: fields of KansformerConfig that make a block, which gets the width of equal parameters; with
+              `match: weights_read` that at which a decoded token reads as many weights as in the reference
+    reference, baselines    models that the others are compared with
+    learning_rates    each model of each size takes its own best, by the first seed
+    seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's order
+
+Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
+share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
+size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time.
+
+How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
+the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
+
+    ratio = exp((L(x) - loss) / s),    s = -dL / dlog x
+
+at every size; the geometric mean over sizes, and 95% of 2,000 resamples of the seeds of both.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import yaml
+from harness import RESULTS, ROOT, environment, header, markdown, side_by_side, summary, write, write_figure, write_json
+from torch import nn
+
+from kansformer import KansformerConfig, KansformerForCausalLM
+from kansformer.layers import KANLinear, feed_forward
+
+AXES = {
+    "feed_forward": "feed-forward parameters",
+    "flops": "training FLOPs",
+    "seconds": "seconds of training",
+    "weights_read": "weights read for a token",
+}
+KEYS = {"name", "train", "sizes", "models", "reference", "baselines", "learning_rates", "seeds"}
+RESAMPLES = 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="a yaml of configs/sweeps")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, which share the cores")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/sweeps"), help="where runs go, and go on")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/NAME")
+    options = parser.parse_args()
+    sweep = read(options.sweep)
+    folder = options.runs / sweep["name"]
+    env = environment(
+        options.device, dtype="float32", sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
+    )
+    print(header(env | sweep["train"]), flush=True)
+
+    models = {}
+    for size, model in itertools.product(sweep["sizes"], sweep["models"]):
+        config = configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"])
+        config.save_pretrained(folder / "configs" / f"{size}_{model}")
+        models[size, model] = config
+    cells = run_all(sweep, folder, options.workers, options.device)
+    times = step_times(models, sweep["train"], options.rounds, options.device)
+    for key, cell in cells.items():
+        cell |= costs(models[key], sweep["train"])
+        cell["seconds"] = sweep["train"]["steps"] * times[key]["median"] / 1e3 if times else None
+    result = {"environment": env, "sweep": sweep, "cells": list(cells.values()), "step_ms": list(times.values())}
+    result["comparisons"] = compare(sweep, cells)
+    output = options.output or RESULTS / sweep["name"]
+    text = "\n\n".join([header(env), *tables(sweep, result)])
+    write(output / "table.md", text + "\n")
+    write_json(output / "table.json", result)
+    draw(result, output / "efficiency.png")
+    print("\n" + text)
+
+
+def read(path: Path) -> dict:
+    """The sweep in `path`, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the missing or unknown part.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; the sweeps of this repository are in configs/sweeps")
+    sweep = yaml.safe_load(path.read_text())
+    if not isinstance(sweep, dict) or set(sweep) != KEYS:
+        raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, not {sorted(sweep or ())}")
+    for key in ("sizes", "models", "learning_rates", "seeds"):
+        if not sweep[key]:
+            raise ValueError(f"{path}: {key} is empty")
+    sweep["learning_rates"] = [float(rate) for rate in sweep["learning_rates"]]  # yaml reads 1e-3 as a string
+    if unknown := {sweep["reference"], *sweep["baselines"]} - set(sweep["models"]):
+        raise ValueError(f"{path}: {', '.join(sorted(unknown))} is none of the models {', '.join(sweep['models'])}")
+    if "steps" not in sweep["train"] or {"seed", "learning_rate", "model", "output_dir"} & set(sweep["train"]):
+        raise ValueError(f"{path}: train needs steps; seed, learning_rate, model and output_dir are the sweep's own")
+    return sweep
+
+
+def weights_read(module: nn.Module) -> float:
+    """Weights that one decoded token needs: k + 1 of the C coefficients of an edge, one row of an untied embedding."""
+    unread = 0.0
+    for part in module.modules():
+        if isinstance(part, KANLinear):
+            unread += part.spline_weight.numel() * max(0, 1 - (part.spline_order + 1) / part.num_basis)
+    embedding = getattr(getattr(module, "model", None), "embed_tokens", None)
+    if embedding is not None and not module.config.tie_word_embeddings:
+        unread += embedding.weight.numel() - embedding.embedding_dim
+    return sum(parameter.numel() for parameter in module.parameters()) - unread
+
+
+MATCHED = {"params": lambda module: sum(p.numel() for p in module.parameters()), "weights_read": weights_read}
+
+
+def configuration(size: dict, model: dict, reference: str, models: dict) -> KansformerConfig:
+    """The configuration of one cell, matched to the reference to the next 4 units."""
+    fields = size | model
+    matched = fields.pop("match", "params")
+    if matched not in MATCHED:
+        raise ValueError(f"match is {matched!r}; choose {' or '.join(MATCHED)}")
+    target = KansformerConfig(**(size | models[reference]))
+    if "intermediate_size" in fields or model == models[reference]:
+        return KansformerConfig(**fields)
+
+    def cost(config: KansformerConfig, width: int) -> float:
+        options = (config.ffn_type, config.hidden_size, width)
+        return MATCHED[matched](feed_forward(*options, device="meta", **config.ffn_options))
+
+    config, goal = KansformerConfig(**fields, intermediate_size=4), cost(target, target.intermediate_size)
+    one, two = cost(config, 4), cost(config, 8)  # the cost is linear in the width
+    config.intermediate_size = 4 * max(1, round(1 + (goal - one) / (two - one)))
+    return config
+
+
+def run_all(sweep: dict, folder: Path, workers: int, device: str) -> dict[tuple[str, str], dict]:
+    """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed."""
+    keys = list(itertools.product(sweep["sizes"], sweep["models"]))
+    first, *others = sweep["seeds"]
+    results: dict[tuple, dict] = {}
+
+    def run(job: tuple) -> None:
+        results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers))
+        done, loss = len(results), results[job]["val_loss"]
+        print(f"{done}: size {job[0]}, {job[1]}, rate {job[2]:g}, seed {job[3]}: {loss:.4f}", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        search = [(*key, rate, first) for key in reversed(keys) for rate in sweep["learning_rates"]]
+        list(pool.map(run, search))  # the largest first: no worker is left alone with a long run at the end
+        best = {key: min(sweep["learning_rates"], key=lambda r: results[(*key, r, first)]["val_loss"]) for key in keys}
+        list(pool.map(run, [(*key, best[key], seed) for key in reversed(keys) for seed in others]))
+    cells = {}
+    for size, model in keys:
+        rate = best[size, model]
+        runs = [results[size, model, rate, seed] for seed in sweep["seeds"]]
+        searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
+        cells[size, model] = {"size": size, "model": model, "learning_rate": rate, "searched": searched}
+        cells[size, model] |= {"losses": [r["val_loss"] for r in runs]}
+        cells[size, model] |= {"bits_per_byte": [r["val_bits_per_byte"] for r in runs]}
+    return cells
+
+
+def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: int, device: str, threads: int) -> dict:
+    """results.json of one run, which train/train.py does, or goes on with, or has done."""
+    output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
+    config = folder / "configs" / f"{size}_{model}" / "config.json"
+    settings = sweep["train"] | {"seed": seed, "learning_rate": rate, "output_dir": str(output), "model": str(config)}
+    settings |= {"keep_best": False, "keep_checkpoints": 1, "device": "auto" if device == "cuda" else "cpu"}
+    asked = json.dumps(settings | {"config": json.loads(config.read_text())}, sort_keys=True)
+    finished, record = output / "results.json", output / "asked.json"
+    if record.is_file() and record.read_text() != asked:
+        raise ValueError(f"{output} is a run with other settings: remove it, or give another --runs")
+    if not finished.is_file():
+        write(record, asked)
+        arguments = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+        ]
+        limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train" / "train.py"), *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | limits,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the run in {output} failed:\n{done.stderr[-3000:]}")
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return json.loads(finished.read_text())
+
+
+def costs(config: KansformerConfig, settings: dict) -> dict:
+    """What a model costs, from its shapes."""
+    with torch.device("meta"):
+        model = KansformerForCausalLM(config)
+    counts = model.parameter_counts()
+    tokens = settings["steps"] * settings["batch_size"] * settings["sequence_length"]
+    return {
+        "intermediate_size": config.intermediate_size,
+        "parameters": counts["total"],
+        "feed_forward": counts["feed_forward"],
+        "flops": model.flops_per_token(settings["sequence_length"]) * tokens,
+        "weights_read": weights_read(model),
+    }
+
+
+def step_times(models: dict, settings: dict, rounds: int, device: str) -> dict[tuple[str, str], dict]:
+    """Milliseconds of one training step of every model: forward, backward, AdamW; the models of a size take turns."""
+    times = {}
+    if rounds == 0:
+        return times
+    for size in dict.fromkeys(size for size, _ in models):
+        steps = {model: stepper(config, settings, device) for (s, model), config in models.items() if s == size}
+        for model, milliseconds in side_by_side(steps, rounds, device).items():
+            times[size, model] = {"size": size, "model": model} | summary(milliseconds)
+    return times
+
+
+def stepper(config: KansformerConfig, settings: dict, device: str):
+    model = KansformerForCausalLM(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    shape = settings["batch_size"], settings["sequence_length"]
+    tokens = torch.randint(config.vocab_size, shape, device=device)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(sweep: dict, cells: dict) -> list[dict]:
+    """For every model, baseline and axis: loss at equal x, and how much of x the baseline needs to match."""
+    comparisons = []
+    for model, baseline, axis in itertools.product(sweep["models"], sweep["baselines"], AXES):
+        if model == baseline or next(iter(cells.values()))[axis] is None or len(sweep["sizes"]) < 2:
+            continue
+        points = [[(cells[size, name][axis], cells[size, name]["losses"]) for size in sweep["sizes"]]
+                  for name in (model, baseline)]  # fmt: skip
+        differences, ratio, interval = match(*points)
+        comparisons.append({"model": model, "baseline": baseline, "axis": axis, "ratio": ratio, "interval": interval})
+        comparisons[-1]["difference"] = dict(zip(sweep["sizes"], differences))
+    return comparisons
+
+
+Points = list[tuple[float, list[float]]]  # (x, losses by seed) of every size
+
+
+def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[float, float]]:
+    """(loss minus the baseline's at equal x, by size; x that the baseline needs over the model's; its 95% interval)."""
+    chance = random.Random(0)
+
+    def mean(points: Points, resample: bool) -> list[tuple[float, float]]:
+        draw = (lambda losses: chance.choices(losses, k=len(losses))) if resample else (lambda losses: losses)
+        return sorted((math.log(x), statistics.fmean(draw(losses))) for x, losses in points)
+
+    def once(resample: bool = False) -> tuple[list[float], float]:
+        ours, theirs = mean(model, resample), mean(baseline, resample)
+        slope = -statistics.linear_regression(*zip(*theirs)).slope
+        differences = [loss - interpolate(theirs, x) for x, loss in ours]
+        ratio = math.exp(-statistics.fmean(differences) / slope) if slope > 0 else math.nan
+        return differences, ratio
+
+    differences, ratio = once()
+    ratios = sorted(once(resample=True)[1] for _ in range(RESAMPLES))
+    return differences, ratio, (ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)])
+
+
+def interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through sorted points, its end segments continued."""
+    pairs = list(itertools.pairwise(points))
+    (x0, y0), (x1, y1) = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def tables(sweep: dict, result: dict) -> list[str]:
+    columns = ["model", "size", "parameters", "feed-forward", "read a token", "rate", "loss (nats/token)", "spread"]
+    columns += ["bits a byte", "ms a step"]
+    times = {(line["size"], line["model"]): line["median"] for line in result["step_ms"]}
+    rows = []
+    for cell in sorted(result["cells"], key=lambda cell: list(sweep["sizes"]).index(cell["size"])):
+        rates = sweep["learning_rates"]
+        edge = "*" if len(rates) > 1 and cell["learning_rate"] in (min(rates), max(rates)) else ""
+        spread = max(cell["losses"]) - min(cell["losses"])
+        milliseconds = times.get((cell["size"], cell["model"]))
+        loss, bits = statistics.fmean(cell["losses"]), statistics.fmean(cell["bits_per_byte"])
+        counts = [f"{cell[key]:,.0f}" for key in ("parameters", "feed_forward", "weights_read")]
+        quality = [f"{cell['learning_rate']:g}{edge}", f"{loss:.4f}", f"{spread:.4f}", f"{bits:.4f}"]
+        time = "-" if milliseconds is None else f"{milliseconds:.0f}"
+        rows.append([cell["model"], cell["size"], *counts, *quality, time])
+    seeds = len(sweep["seeds"])
+    parts = [f"Mean over {seeds} seeds; spread: largest minus smallest. *: the rate is at an end of what was searched."]
+    parts.append(markdown(columns, rows))
+    for baseline in sweep["baselines"]:
+        lines = [line for line in result["comparisons"] if line["baseline"] == baseline]
+        if not lines:
+            continue
+        rows = []
+        for line in lines:
+            low, high = line["interval"]
+            differences = ", ".join(f"{value:+.4f}" for value in line["difference"].values())
+            rows.append(
+                [line["model"], AXES[line["axis"]], differences, f"{line['ratio']:.2f}x", f"{low:.2f} to {high:.2f}"]
+            )
+        parts.append(f"Against {baseline}. Above 1x it needs more to match; a negative difference is a lower loss.")
+        names = ["model", "at equal", f"loss difference, sizes {', '.join(sweep['sizes'])}", "it needs", "95%"]
+        parts.append(markdown(names, rows))
+    return parts
+
+
+def draw(result: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    colours = ("#6b7280", "#1d4ed8", "#0e7490", "#c2410c", "#7e22ce", "#15803d", "#b45309")
+    axes_of = {axis: label for axis, label in AXES.items() if result["cells"][0][axis] is not None}
+    figure = Figure(figsize=(4.2 * len(axes_of), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
+    for model, colour in zip(result["sweep"]["models"], itertools.cycle(colours)):
+        cells = [cell for cell in result["cells"] if cell["model"] == model]
+        means = [statistics.fmean(cell["losses"]) for cell in cells]
+        below = [mean - min(cell["losses"]) for mean, cell in zip(means, cells)]
+        above = [max(cell["losses"]) - mean for mean, cell in zip(means, cells)]
+        for panel, axis in zip(panels, axes_of):
+            x = [cell[axis] for cell in cells]
+            panel.errorbar(x, means, [below, above], color=colour, marker="o", markersize=3.5, capsize=2, label=model)
+    for panel, label in zip(panels, axes_of.values()):
+        panel.set(xscale="log", xlabel=label)
+        panel.grid(color="#e5e7eb", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("validation loss (nats/token)")
+    panels[0].legend(frameon=False, fontsize=8)
+    write_figure(path, figure, result["environment"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The sweep: cells are matched, ratios are the ones that were put in, runs are made once, bad sweeps are refused."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import param_efficiency as efficiency  # noqa: E402
+
+SIZE = {"vocab_size": 320, "num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": True}
+
+
+def sweep(**changes) -> dict:
+    text = {"data": "tinyshakespeare", "tokenizer": "byte", "sequence_length": 32, "batch_size": 2}
+    schedule = {"steps": 3, "warmup_steps": 1, "eval_every": 3, "eval_batches": 2, "save_every": 3}
+    values = {
+        "name": "tiny",
+        "train": text | schedule,
+        "sizes": {"d16": SIZE | {"hidden_size": 16}, "d32": SIZE | {"hidden_size": 32}},
+        "models": {"swiglu": {"ffn_type": "swiglu"}, "kan_gated": {"ffn_type": "kan_gated"}},
+        **{"reference": "swiglu", "baselines": ["swiglu"], "learning_rates": ["1e-3"], "seeds": [0]},
+    }
+    return values | changes
+
+
+def test_cells_cost_what_the_reference_costs():
+    size = SIZE | {"hidden_size": 128, "num_attention_heads": 4}
+    models = {
+        "swiglu": {"ffn_type": "swiglu"},
+        "mlp": {"ffn_type": "mlp"},
+        "kan_mix": {"ffn_type": "kan_mix"},
+        "kan_gated": {"ffn_type": "kan_gated"},
+        "read": {"ffn_type": "kan_gated", "grid_size": 7, "match": "weights_read"},
+    }
+    settings = {"steps": 10, "batch_size": 4, "sequence_length": 32}
+    costs = {
+        name: efficiency.costs(efficiency.configuration(size, model, "swiglu", models), settings)
+        for name, model in models.items()
+    }
+    for name in ("mlp", "kan_mix", "kan_gated"):
+        assert costs[name]["feed_forward"] == pytest.approx(costs["swiglu"]["feed_forward"], rel=0.01)
+    assert costs["read"]["weights_read"] == pytest.approx(costs["swiglu"]["weights_read"], rel=0.01)
+    assert costs["read"]["feed_forward"] == pytest.approx(2.5 * costs["swiglu"]["feed_forward"], rel=0.02)  # 10/4 of it
+    # k = 1, C = 4: 2 of 4 coefficients and the two projections are read, 4 of 6 weights
+    unread = costs["kan_gated"]["parameters"] - costs["kan_gated"]["weights_read"]
+    assert unread == pytest.approx(costs["kan_gated"]["feed_forward"] * 2 / 6)
+
+
+def test_ratio_is_what_was_put_in():
+    """Models on loss = 3 - 0.2 ln(efficiency * x): the ratio is the efficiency, whatever the sizes."""
+
+    def points(sizes, better, noise=0.0):
+        losses = [3 - 0.2 * math.log(better * x) for x in sizes]
+        return [(x, [loss - noise, loss, loss + noise]) for x, loss in zip(sizes, losses)]
+
+    differences, ratio, (low, high) = efficiency.match(points([10, 30, 90], 1.3), points([12, 40, 100], 1.0))
+    assert [ratio, low, high] == pytest.approx([1.3] * 3)
+    assert differences == pytest.approx([-0.2 * math.log(1.3)] * 3)
+    _, ratio, (low, high) = efficiency.match(points([10, 30, 90], 0.8, 0.01), points([10, 30, 90], 1.0, 0.01))
+    assert ratio == pytest.approx(0.8)
+    assert low < ratio < high < 1
+    assert math.isnan(efficiency.match(points([1, 2], 1.0), [(1, [2.0]), (2, [3.0])])[1])  # more gives a higher loss
+
+
+def test_a_sweep_runs_once(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    text = sweep()
+    text["train"]["cache_dir"] = str(tmp_path / "cache")
+    path.write_text(yaml.safe_dump(text))
+    folders = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "param_efficiency.py"), str(path), *folders]
+    subprocess.run(command, check=True, timeout=300)
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
+    assert len(made) == 4
+    result = json.loads((tmp_path / "out" / "table.json").read_text())
+    for cell in result["cells"]:
+        assert cell["losses"][0] == cell["searched"]["0.001"]
+    assert (tmp_path / "out" / "efficiency.png").stat().st_size > 10_000
+    assert str(result["environment"]["commit"]) in (tmp_path / "out" / "table.md").read_text()
+    again = efficiency.run_all(efficiency.read(path), tmp_path / "runs" / "tiny", 2, "cpu")
+    assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
+    assert [cell["losses"] for cell in again.values()] == [cell["losses"] for cell in result["cells"]]
+    other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
+    with pytest.raises(ValueError, match="other settings: remove it"):
+        efficiency.run_all(other, tmp_path / "runs" / "tiny", 1, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, "seeds is empty"),
+        ({"reference": "gelu"}, "gelu is none of the models swiglu, kan_gated"),
+        ({"train": {"steps": 3, "seed": 1}}, "the sweep's own"),
+        ({"speed": 1}, "must have the keys"),
+    ],
+)
+def test_bad_sweeps_are_refused(tmp_path, changes, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep(**changes)))
+    with pytest.raises(ValueError, match=message):
+        efficiency.read(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_whole(path):
+    values = efficiency.read(path)
+    for size in values["sizes"].values():
+        for model in values["models"].values():
+            efficiency.configuration(size, model, values["reference"], values["models"])
