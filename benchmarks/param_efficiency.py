@@ -75,7 +75,7 @@ def main() -> None:
     models = {}
     for size, model in itertools.product(sweep["sizes"], sweep["models"]):
         config = configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"])
-        config.save_pretrained(folder / "configs" / f"{size}_{model}")
+        write(folder / "configs" / f"{size}_{model}.json", config.to_json_string())
         models[size, model] = config
     cells = run_all(sweep, folder, options.workers, options.device)
     times = step_times(models, sweep["train"], options.rounds, options.device)
@@ -179,7 +179,7 @@ def run_all(sweep: dict, folder: Path, workers: int, device: str) -> dict[tuple[
 def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: int, device: str, threads: int) -> dict:
     """results.json of one run, which train/train.py does, or goes on with, or has done."""
     output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
-    config = folder / "configs" / f"{size}_{model}" / "config.json"
+    config = folder / "configs" / f"{size}_{model}.json"
     settings = sweep["train"] | {"seed": seed, "learning_rate": rate, "output_dir": str(output), "model": str(config)}
     settings |= {"keep_best": False, "keep_checkpoints": 1, "device": "auto" if device == "cuda" else "cpu"}
     asked = json.dumps(settings | {"config": json.loads(config.read_text())}, sort_keys=True)

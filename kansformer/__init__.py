@@ -3,7 +3,7 @@
 Importing it registers the models with transformers' Auto classes.
 """
 
-from .functional import choose_backend, kan_linear
+from .functional import choose_backend, decompositions, kan_linear
 from .layers import FFN_TYPES, KANLinear, feed_forward, match_intermediate_size
 from .models import (
     KansformerConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "KansformerModel",
     "KansformerPreTrainedModel",
     "choose_backend",
+    "decompositions",
     "feed_forward",
     "kan_linear",
     "match_intermediate_size",

@@ -7,8 +7,10 @@ import importlib.util
 COMMANDS = {
     "python -m kansformer.convert SRC DST": "a pretrained Llama, Mistral, Qwen or SmolLM model, with the same outputs",
     "python -m kansformer.inspect MODEL --text FILE": "what the edge functions of a model do on a text, as a page",
+    "python -m kansformer.prune MODEL --text FILE --share 0.3 --output DST": "a smaller model of the units that matter",
     "python train/train.py CONFIG": "train a model on text",
     "python train/demo.py": "train a KAN and a SwiGLU model of equal size on Shakespeare, and compare them",
+    "python benchmarks/param_efficiency.py SWEEP": "what a baseline needs to match a KAN block: sizes, rates, seeds",
     "python benchmarks/bench_finetune.py MODEL": "fine-tune a converted model: its splines alone, LoRA, or all of it",
 }
 

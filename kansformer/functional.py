@@ -8,11 +8,13 @@ activation checkpointing, FSDP and export see one node whatever the backend. Sav
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import math
 import os
 import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -116,15 +118,20 @@ def choose_backend(
 
 @functools.cache
 def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+    for package in ("triton", "kansformer"):  # a model's own copy of this file runs without kansformer
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+    return None
+
+
+def _triton_kan() -> types.ModuleType:
+    return importlib.import_module("kansformer.kernels.triton_kan")  # where it is used: triton comes with CUDA builds
 
 
 def _triton_unsupported(x: Tensor, spline_weight: Tensor, spline_order: int, base_activation: str) -> str | None:
     reason = _triton_missing()
     if reason is None:
-        from kansformer.kernels import triton_kan
-
-        reason = triton_kan.unsupported(x, spline_weight, spline_order=spline_order, base_activation=base_activation)
+        reason = _triton_kan().unsupported(x, spline_weight, spline_order=spline_order, base_activation=base_activation)
     return reason
 
 
@@ -139,11 +146,7 @@ def _implementation(
     chosen = choose_backend(
         x, spline_weight, spline_order=spline_order, base_activation=base_activation, backend=backend
     )
-    if chosen == "torch":
-        return torch_kan
-    from kansformer.kernels import triton_kan
-
-    return triton_kan
+    return torch_kan if chosen == "torch" else _triton_kan()
 
 
 @torch.library.custom_op("kansformer::kan_linear", mutates_args=())
@@ -217,6 +220,37 @@ def _backward(ctx, dy):
 _kan_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _plain(
+    x: Tensor,
+    gate: Tensor | None,
+    spline_weight: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+    backend: str = "torch",
+) -> Tensor:
+    """The layer as plain torch operations, Phi and all."""
+    phi = splines.basis(x, grid, grid_size, spline_order)
+    if gate is not None:
+        phi = phi * gate.unsqueeze(-1)
+    y = phi.flatten(-2).to(spline_weight.dtype) @ spline_weight
+    if base_weight is None:
+        return y
+    a = torch_kan.activation(x, base_activation)
+    return y + F.linear((a if gate is None else a * gate).to(base_weight.dtype), base_weight)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+    """`kan_linear` as plain operations, for exporters that know no other: a table for `run_decompositions`.
+
+    program = torch.export.export(model, (), inputs).run_decompositions(kansformer.decompositions())
+    torch.onnx.export(program, dynamo=True)
+    """
+    return {torch.ops.kansformer.kan_linear.default: _plain}
+
+
 def _differentiable_backward(
     dy: Tensor,
     x: Tensor,
@@ -230,13 +264,7 @@ def _differentiable_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The same gradients through plain torch operations, for derivatives of any order."""
-    phi = splines.basis(x, grid, grid_size, spline_order)
-    if gate is not None:
-        phi = phi * gate.unsqueeze(-1)
-    y = phi.flatten(-2).to(spline_weight.dtype) @ spline_weight
-    if base_weight is not None:
-        a = torch_kan.activation(x, base_activation)
-        y = y + F.linear((a if gate is None else a * gate).to(base_weight.dtype), base_weight)
+    y = _plain(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation)
     primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
     return torch.autograd.grad(y, primals, dy, create_graph=True)
 

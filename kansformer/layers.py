@@ -24,9 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kansformer import splines
 from kansformer.functional import BASE_ACTIVATIONS, kan_linear
 from kansformer.kernels.torch_kan import activation
+from kansformer.splines import basis, least_squares, num_basis, refit
 
 # The standard deviation of the random part of an edge function, over that of its smooth part, at initialisation (the
 # paper starts its splines at noise of this size, arXiv:2404.19756, section 2.2).
@@ -110,7 +110,7 @@ class KANLinear(nn.Module):
     @property
     def num_basis(self) -> int:
         """C = grid_size + spline_order, splines on every edge."""
-        return splines.num_basis(self.grid_size, self.spline_order)
+        return num_basis(self.grid_size, self.spline_order)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., I), gate (..., I) or None: (..., O)."""
@@ -211,7 +211,7 @@ class KANLinear(nn.Module):
         self.grid_size = grid_size
 
     def _refit(self, grid: Tensor, grid_size: int) -> Tensor:
-        return splines.refit(
+        return refit(
             self.spline_weight,
             self.grid,
             self.grid_size,
@@ -470,11 +470,11 @@ def _initial_edge(grid_size: int, spline_order: int, grid_range: tuple[float, fl
     grid = torch.tensor(grid_range, dtype=torch.float64, device="cpu")
     inside = (x > grid[0]) & (x < grid[1]) if base is None else x.isfinite()
     points = (x.clamp(*grid_range) if base is None else x).unsqueeze(-1)
-    b = splines.basis(points, grid, grid_size, spline_order).squeeze(-2)
-    slope = splines.basis(points, grid, grid_size, spline_order, derivative=True).squeeze(-2) * inside.unsqueeze(-1)
+    b = basis(points, grid, grid_size, spline_order).squeeze(-2)
+    slope = basis(points, grid, grid_size, spline_order, derivative=True).squeeze(-2) * inside.unsqueeze(-1)
     f = activation(points.squeeze(-1), base or "silu")
     root = probability.sqrt().unsqueeze(-1)
-    coefficients = splines.least_squares(root * b, root * f.unsqueeze(-1))
+    coefficients = least_squares(root * b, root * f.unsqueeze(-1))
     if base is None:
         f, df = (b @ coefficients).squeeze(-1), (slope @ coefficients).squeeze(-1)
     else:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -247,10 +248,16 @@ def check_compiled(ffn_type: str, backend: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_export():
-    model = tiny_model()
-    program = torch.export.export(model, (tokens(),), {"use_cache": False})
-    torch.testing.assert_close(program.module()(tokens(), use_cache=False).logits, model(tokens()).logits)
+@pytest.mark.parametrize("ffn_type", FFN_TYPES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export(ffn_type, dynamic):
+    """Without a cache: static, and for any batch and length."""
+    model = tiny_model(ffn_type=ffn_type).eval()
+    shapes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=64)}, "use_cache": None}
+    inputs = {"input_ids": tokens(), "use_cache": False}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes if dynamic else None).module()
+    for ids in (tokens(), tokens(batch=3, length=29)) if dynamic else (tokens(),):
+        torch.testing.assert_close(program(input_ids=ids, use_cache=False).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("ffn_type", FFN_TYPES)
@@ -618,26 +625,51 @@ def test_heads_learn():
         assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def test_checkpoint_loads_as_remote_code(tmp_path):
-    """A process that never imports kansformer loads the checkpoint by its auto_map (kansformer being installed)."""
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
+def remote_logits(folder, tmp_path, *, installed: bool) -> str:
+    """What a process that loads `folder` by its auto_map prints. Not installed: site-packages without its .pth files,
+    so without an editable kansformer, from a folder that holds none."""
     code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "import importlib.util, sys, torch\n"
+        f"assert bool(importlib.util.find_spec('kansformer')) is {installed}\n"
+        + ("import kansformer\n" if installed else "")
+        + "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(model(torch.arange(1, 17)[None]).logits.norm().item(), type(model).__module__)"
+        "torch.save(model(torch.arange(1, 17)[None]).logits, sys.argv[2])\n"
+        "model.save_pretrained(sys.argv[3])\n"
+        "print(type(model).__module__, 'kansformer' in sys.modules)"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment["PYTHONPATH"] = str(ROOT) if installed else sysconfig.get_paths()["purelib"]
+    out = [str(folder), str(tmp_path / "logits.pt"), str(tmp_path / "again")]
+    command = [sys.executable, *([] if installed else ["-S"]), "-c", code, *out]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    value, module = run.stdout.split()
-    assert float(value) == pytest.approx(model(torch.arange(1, 17)[None]).logits.norm().item(), rel=1e-6)
-    assert module.startswith("transformers_modules")
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize("ffn_type", ["swiglu", "kan_gated"])
+def test_remote_code_needs_no_kansformer(ffn_type, tmp_path):
+    """What a model saves loads where kansformer is not installed, with the same logits; so does what that saves."""
+    model = tiny_model(ffn_type=ffn_type).eval()
+    model.save_pretrained(tmp_path / "first")
+    folder = tmp_path / "first"
+    for _ in range(2):
+        module, loaded = remote_logits(folder, tmp_path, installed=False)
+        assert module.startswith("transformers_modules")
+        assert loaded == "False"
+        found = torch.load(tmp_path / "logits.pt", weights_only=True)
+        assert torch.equal(found, model(torch.arange(1, 17)[None]).logits)
+        folder = (tmp_path / "again").rename(tmp_path / "second") if folder.name == "first" else folder
+    assert not [file for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_remote_code_beside_an_installed_kansformer(tmp_path):
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path / "model")
+    module, _ = remote_logits(tmp_path / "model", tmp_path, installed=True)
+    assert module.startswith("transformers_modules") or module.startswith("kansformer")
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(found, model(torch.arange(1, 17)[None]).logits)
 
 
 TWO_PROCESSES = """

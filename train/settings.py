@@ -128,7 +128,8 @@ def parse(arguments: list[str]) -> Settings:
         ValueError: for an unknown key (naming the nearest known one), a wrong type or a value out of range.
     """
     if {"-h", "--help"} & set(arguments):
-        raise SystemExit(f"{parse.__doc__.splitlines()[0]}\n\n{inspect.getsource(Settings).split('    def ')[0]}")
+        print(f"{parse.__doc__.splitlines()[0]}\n\n{inspect.getsource(Settings).split('    def ')[0]}")
+        raise SystemExit
     values: dict = {}
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("--"):

@@ -1,6 +1,7 @@
 """Configuration of the Kansformer: a Llama-family decoder whose feed-forward block may be a KAN block."""
 
 import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +11,8 @@ from transformers.utils import logging
 
 from kansformer.functional import BASE_ACTIVATIONS
 from kansformer.layers import FFN_TYPES, match_intermediate_size
+
+from .remote_code import write_remote_code
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +156,14 @@ class KansformerConfig(PreTrainedConfig):
         self.base_model_tp_plan = self._tensor_parallel_plan()
         self._report_inert_fields()
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As everywhere in transformers, and with the code that `trust_remote_code` loads without kansformer.
+
+        A model's `save_pretrained` calls this between writing its own file and uploading what it wrote.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        write_remote_code(save_directory)
 
     @property
     def intermediate_sizes(self) -> list[int]:
