@@ -70,3 +70,55 @@ def test_bench_decode(tmp_path):
     result = check_files(tmp_path, "decode_cpu")
     assert {row["batch"] for row in result["blocks"]} == {1, 2}
     assert {row["model"] for row in result["models"]} == {"tiny swiglu", "tiny kan_gated"}
+
+
+def test_bench_models(tmp_path):
+    small = ["--models", "tiny", "--rounds", "1", "--batch_size", "1", "--sequence_length", "16", "--growth", "G"]
+    run("bench_models.py", *small, "--output", str(tmp_path))
+    result = json.loads((tmp_path / "models_cpu.json").read_text())
+    assert str(result["environment"]["commit"]) in (tmp_path / "models_cpu.md").read_text()
+    swiglu, kan = result["models"]
+    assert swiglu["ratio"] == 1
+    assert kan["parameters"] == pytest.approx(swiglu["parameters"], rel=0.02)
+    assert kan["saved_bytes"] > 0
+    sizes = [row["parameters"] for row in result["growth"]]  # G grows, the parameters stay
+    assert sizes == pytest.approx([sizes[0]] * 4, rel=0.02)
+
+
+def test_synthetic(tmp_path):
+    run(
+        "synthetic.py",
+        "--steps",
+        "3",
+        "--batch_size",
+        "8",
+        "--rates",
+        "1e-2",
+        "--seeds",
+        "2",
+        "--output",
+        str(tmp_path),
+    )
+    result = json.loads((tmp_path / "synthetic.json").read_text())
+    assert str(result["environment"]["commit"]) in (tmp_path / "synthetic.md").read_text()
+    sizes = {row["block"]: row["parameters"] for row in result["rows"]}
+    assert list(sizes.values()) == pytest.approx([sizes["swiglu"]] * 5, rel=0.05)
+    for row in result["rows"]:
+        assert len(row["errors"]) == 2
+        assert row["errors"][0] != row["errors"][1]
+
+
+@pytest.mark.parametrize(
+    ("kan", "mlp", "words"),
+    [
+        ((0.1, 0.12), (0.4, 0.42), "as expected"),
+        ((0.4, 0.42), (0.1, 0.12), "not as"),
+        ((0.1, 0.5), (0.2, 0.6), "no diff"),
+    ],
+)
+def test_synthetic_verdicts_follow_the_figures(kan, mlp, words):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import synthetic
+
+    rows = [{"block": "kan", "errors": kan}, {"block": "mlp", "errors": mlp}]
+    assert words in synthetic.verdict(rows, "additive")
