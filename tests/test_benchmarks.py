@@ -122,3 +122,25 @@ def test_synthetic_verdicts_follow_the_figures(kan, mlp, words):
 
     rows = [{"block": "kan", "errors": kan}, {"block": "mlp", "errors": mlp}]
     assert words in synthetic.verdict(rows, "additive")
+
+
+def test_bench_distill(tmp_path):
+    """On a random Llama: sizes are what was asked, closed forms beat nothing, and steps beat the closed forms."""
+    import torch
+    from tokenizer import byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, initializer_range=0.2, **sizes)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = str(ROOT / "train" / "tinyshakespeare.txt")
+    small = ["--layers", "0", "1", "--shares", "0.5", "--tokens", "2048", "--steps", "40", "--valid_sequences", "2"]
+    texts = ["--train_text", text, "--valid_text", text, "--output", str(tmp_path / "out"), "--sequence_length", "64"]
+    run("bench_distill.py", str(tmp_path / "model"), *small, *texts)
+    result = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 10_000
+    rows = {row["method"]: row for row in result["rows"]}
+    for method in ("svd", "swiglu", "kan_gated"):
+        assert rows[method]["parameters"] == pytest.approx(0.5, rel=0.05)
+        assert rows[method]["error"] < rows[method]["closed_form"] < 1
