@@ -191,7 +191,7 @@ def low_rank(block: nn.Module, share: float, x: Tensor, y: Tensor, options: argp
 
 
 def truncated(weight: Tensor, inputs: Tensor, rank: int) -> Pair:
-    """(O, r) and (r, I) whose product P minimises the error of inputs @ P.mT: SVD of weight @ S, S S.mT = covariance."""
+    """(O, r) and (r, I) whose product P minimises the error of inputs @ P.mT: SVD of weight @ S, covariance S S.mT."""
     covariance = (inputs.mT @ inputs).double() / len(inputs)
     covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
     factor = torch.linalg.cholesky(covariance)
