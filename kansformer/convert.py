@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from kansformer.layers import KANLinear
@@ -273,7 +272,6 @@ def _write_settings(source: Source, skeleton: KansformerForCausalLM, folder: Pat
     """Configuration with remote code, generation settings, and the tokenizer with its chat template."""
     config = skeleton.config
     config.architectures, config.dtype = [type(skeleton).__name__], source.dtype
-    custom_object_save(skeleton, folder, config=config)
     config.save_pretrained(folder)
     for part in (source.generation_config, source.tokenizer):
         if part is not None:
@@ -302,10 +300,10 @@ The splines are zero, so the model computes what the source computes: the larges
 {difference:.3g} in {str(source.dtype).removeprefix("torch.")}.
 
 ```python
-import kansformer
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+# Runs the code in the folder. With kansformer installed and imported it needs no trust_remote_code.
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
 for name, parameter in model.named_parameters():  # fine-tune the splines only
     parameter.requires_grad = name.endswith("spline_weight")
 ```

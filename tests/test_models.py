@@ -337,6 +337,21 @@ def test_speculation_and_compiled_decoding_change_nothing():
     assert torch.equal(static, expected)
 
 
+def test_logits_processors():
+    model = tiny_model()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    free = model.generate(tokens(1), **options)[0, 16:].unique()
+
+    class Forbid(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert torch.equal(input_ids[:, :16], tokens(1))
+            return scores.index_fill(1, free, -torch.inf)
+
+    ours = model.generate(tokens(1), logits_processor=transformers.LogitsProcessorList([Forbid()]), **options)
+    assert not torch.isin(ours[0, 16:], free).any()
+    assert torch.equal(ours, model.generate(tokens(1), bad_words_ids=free[:, None].tolist(), **options))
+
+
 def test_eos_stops_generation():
     model = tiny_model()
     free = model.generate(tokens(1), max_new_tokens=8, do_sample=False)[0, 16:]
@@ -490,14 +505,20 @@ def test_sharded_checkpoints(placement, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_offloaded_to_disk(dtype, tmp_path):
+@pytest.mark.parametrize("placed", ["by name", "auto"])
+def test_layers_offloaded_to_disk(placed, dtype, tmp_path):
     model = tiny_model(ffn_type="kan")
     odd_grids(model)
     model.save_pretrained(tmp_path)
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places["model.layers.1"] = "disk"
-    options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    options = {"device_map": places}
+    if placed == "auto":  # room for one layer and a half
+        layer = sum(p.numel() for p in model.model.layers[0].parameters()) * dtype.itemsize
+        options = {"device_map": "auto", "max_memory": {"cpu": 2 * 128 * 96 * dtype.itemsize + int(1.5 * layer)}}
+    options["offload_folder"] = str(tmp_path / "offload")
     offloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **options)
+    assert set(offloaded.hf_device_map.values()) == {"cpu", "disk"}
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert torch.equal(offloaded(tokens()).logits, whole(tokens()).logits)
 
@@ -606,7 +627,8 @@ def test_auto_classes(auto, tmp_path):
     }
     assert first.shape == expected[HEADS[auto]]
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map[auto.__name__] == f"modeling_kansformer.{HEADS[auto]}"
+    expected = {auto.__name__: f"modeling_kansformer.{name}" for auto, name in HEADS.items()}
+    assert auto_map == expected | {"AutoConfig": "configuration_kansformer.KansformerConfig"}
     for reference in auto_map.values():
         assert (tmp_path / f"{reference.split('.')[0]}.py").exists()
 
@@ -625,51 +647,44 @@ def test_heads_learn():
         assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def remote_logits(folder, tmp_path, *, installed: bool) -> str:
-    """What a process that loads `folder` by its auto_map prints. Not installed: site-packages without its .pth files,
-    so without an editable kansformer, from a folder that holds none."""
-    code = (
-        "import importlib.util, sys, torch\n"
-        f"assert bool(importlib.util.find_spec('kansformer')) is {installed}\n"
-        + ("import kansformer\n" if installed else "")
-        + "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "torch.save(model(torch.arange(1, 17)[None]).logits, sys.argv[2])\n"
-        "model.save_pretrained(sys.argv[3])\n"
-        "print(type(model).__module__, 'kansformer' in sys.modules)"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment["PYTHONPATH"] = str(ROOT) if installed else sysconfig.get_paths()["purelib"]
-    out = [str(folder), str(tmp_path / "logits.pt"), str(tmp_path / "again")]
-    command = [sys.executable, *([] if installed else ["-S"]), "-c", code, *out]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split()
+WITHOUT_KANSFORMER = """
+import importlib.util, sys, torch
+assert importlib.util.find_spec("kansformer") is None
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+folder, again, results = sys.argv[1:]
+inputs = torch.arange(1, 17)[None]
+model, base = (auto.from_pretrained(folder, trust_remote_code=True) for auto in (AutoModelForCausalLM, AutoModel))
+assert type(model).__module__.startswith("transformers_modules")
+save_file({"logits": model(inputs).logits.detach(), "hidden": base(inputs)[0].detach()}, results)
+model.save_pretrained(again)
+"""
 
 
-@pytest.mark.parametrize("ffn_type", ["swiglu", "kan_gated"])
-def test_remote_code_needs_no_kansformer(ffn_type, tmp_path):
-    """What a model saves loads where kansformer is not installed, with the same logits; so does what that saves."""
-    model = tiny_model(ffn_type=ffn_type).eval()
-    model.save_pretrained(tmp_path / "first")
-    folder = tmp_path / "first"
-    for _ in range(2):
-        module, loaded = remote_logits(folder, tmp_path, installed=False)
-        assert module.startswith("transformers_modules")
-        assert loaded == "False"
-        found = torch.load(tmp_path / "logits.pt", weights_only=True)
-        assert torch.equal(found, model(torch.arange(1, 17)[None]).logits)
-        folder = (tmp_path / "again").rename(tmp_path / "second") if folder.name == "first" else folder
-    assert not [file for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
+def test_remote_code_needs_no_kansformer(tmp_path):
+    """What a model saves loads where kansformer is not installed, bare or whole, with the same outputs; so does what
+    that saves. There: site-packages without its .pth files, so without an editable kansformer."""
+    model, inputs = tiny_model(), torch.arange(1, 17)[None]
+    model.save_pretrained(tmp_path / "0")
+    paths = sysconfig.get_paths()["purelib"]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": paths}
+    for turn in range(2):
+        out = [str(tmp_path / name) for name in (f"{turn}", f"{turn + 1}", "results.safetensors")]
+        command = [sys.executable, "-S", "-c", WITHOUT_KANSFORMER, *out]
+        run = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found = load_file(tmp_path / "results.safetensors")
+        assert torch.equal(found["logits"], model(inputs).logits)
+        assert torch.equal(found["hidden"], model.model(inputs).last_hidden_state)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "2")
+    assert torch.equal(loaded(inputs).logits, model(inputs).logits)
 
 
-def test_remote_code_beside_an_installed_kansformer(tmp_path):
-    model = tiny_model().eval()
-    model.save_pretrained(tmp_path / "model")
-    module, _ = remote_logits(tmp_path / "model", tmp_path, installed=True)
-    assert module.startswith("transformers_modules") or module.startswith("kansformer")
-    found = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert torch.equal(found, model(torch.arange(1, 17)[None]).logits)
+def test_an_imported_kansformer_wins_over_remote_code(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(model) is KansformerForCausalLM
 
 
 TWO_PROCESSES = """

@@ -275,10 +275,10 @@ by `train/train.py` on `{settings.data}`, tokenizer `{settings.tokenizer}`; the 
 every token of it counts once. The random seed was {settings.seed}; another one gives other figures.
 
 ```python
-import kansformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+# Runs the code in the folder. With kansformer installed and imported it needs no trust_remote_code.
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 tokens = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)
 print(tokenizer.decode(tokens[0]))

@@ -20,7 +20,6 @@ from .modeling_kansformer import (
 )
 
 AutoConfig.register(KansformerConfig.model_type, KansformerConfig, exist_ok=True)
-KansformerConfig.register_for_auto_class()
 for auto_class, model_class in {
     AutoModel: KansformerModel,
     AutoModelForCausalLM: KansformerForCausalLM,
@@ -29,7 +28,6 @@ for auto_class, model_class in {
     AutoModelForQuestionAnswering: KansformerForQuestionAnswering,
 }.items():
     auto_class.register(KansformerConfig, model_class, exist_ok=True)
-    model_class.register_for_auto_class(auto_class.__name__)  # save_pretrained then copies the sources
 
 __all__ = [
     "KansformerConfig",

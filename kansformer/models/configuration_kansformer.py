@@ -12,7 +12,7 @@ from transformers.utils import logging
 from kansformer.functional import BASE_ACTIVATIONS
 from kansformer.layers import FFN_TYPES, match_intermediate_size
 
-from .remote_code import write_remote_code
+from .remote_code import AUTO_MAP, MODULES, write_remote_code
 
 logger = logging.get_logger(__name__)
 
@@ -160,10 +160,12 @@ class KansformerConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As everywhere in transformers, and with the code that `trust_remote_code` loads without kansformer.
 
-        A model's `save_pretrained` calls this between writing its own file and uploading what it wrote.
+        A model's `save_pretrained` calls this before it uploads. The `auto_map` has every class, so that each head and
+        the bare model load from any checkpoint.
         """
+        if len(write_remote_code(save_directory)) == len(MODULES):  # else transformers copies what it loaded itself
+            self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
-        write_remote_code(save_directory)
 
     @property
     def intermediate_sizes(self) -> list[int]:

@@ -20,16 +20,26 @@ MODULES = (
     "models/remote_code.py",
 )
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_kansformer.KansformerConfig",
+    "AutoModel": "modeling_kansformer.KansformerModel",
+    "AutoModelForCausalLM": "modeling_kansformer.KansformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_kansformer.KansformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_kansformer.KansformerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_kansformer.KansformerForQuestionAnswering",
+}
+
 
 def write_remote_code(folder: str | os.PathLike) -> list[Path]:
     """Write the modules that a model in `folder` needs to load by its `auto_map`; the paths."""
     here, written = Path(__file__).parent, []
+    os.makedirs(folder, exist_ok=True)
     places = [here.parent / name for name in MODULES]
     if not all(place.is_file() for place in places):  # this file is such a copy, and transformers cached what it needs
         places = [here / place.name for place in places if (here / place.name).is_file()]
     for source in places:
         target = Path(folder) / source.name
-        part = target.with_suffix(".part")
+        part = target.with_suffix(f".{os.getpid()}")
         part.write_text(flattened(source.read_text(encoding="utf-8")), encoding="utf-8")
         os.replace(part, target)
         written.append(target)
