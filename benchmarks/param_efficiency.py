@@ -22,7 +22,8 @@ the baseline's loss L(x) interpolated linearly in log x between its sizes, and s
 
     ratio = exp((L(x) - loss) / s),    s = -dL / dlog x
 
-at every size; the geometric mean over sizes, and 95% of 2,000 resamples of the seeds of both.
+at every size; the geometric mean over sizes, and 95% of 2,000 resamples of the seeds of both. Beyond the baseline's
+sizes its end segments are continued, so ratios of models that have much more than it are the less certain ones.
 """
 
 import argparse
@@ -341,6 +342,8 @@ def draw(result: dict, path: Path) -> None:
             panel.errorbar(x, means, [below, above], color=colour, marker="o", markersize=3.5, capsize=2, label=model)
     for panel, label in zip(panels, axes_of.values()):
         panel.set(xscale="log", xlabel=label)
+        panel.xaxis.set_minor_formatter(lambda x, _: f"{x:.0e}".replace("e+0", "e") if f"{x:e}"[0] in "25" else "")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:.0e}".replace("e+0", "e"))
         panel.grid(color="#e5e7eb", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("validation loss (nats/token)")
