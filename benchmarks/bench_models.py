@@ -1,7 +1,7 @@
 """Whole models of equal parameters: training, prefill, decoding, memory; and how the cost of a step grows.
 
     python benchmarks/bench_models.py                                        # CPU, float32
-    python benchmarks/bench_models.py --device cuda --models 30m 125m 350m 1b --batch_size 8 --sequence_length 1024
+    python benchmarks/bench_models.py --device cuda --models small_30m 125m 350m 1b --batch_size 8 --sequence_length 1024
 
 One training step is forward, backward and AdamW. The models of a pair (configs/models/) take turns, and so do the two
 blocks at every point of the scaling table: there one of width, depth, tokens and G changes and the rest stays at the
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "train"))
 from metrics import saved_bytes
 
 KINDS = ("swiglu", "kan_gated")
+PAIRS = ("tiny", "small_5m", "small_30m", "125m", "350m", "1b")
 TINY = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 GROWTH = {
     "width": [{"hidden_size": d, "num_attention_heads": d // 32} for d in (64, 128, 256, 512)],
@@ -39,9 +40,7 @@ GROWTH = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--models", nargs="*", choices=["tiny", "5m", "30m", "125m", "350m", "1b"], default=["tiny", "5m"]
-    )
+    parser.add_argument("--models", nargs="*", choices=PAIRS, default=["tiny", "small_5m"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
@@ -72,8 +71,7 @@ def main() -> None:
 def pair(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
     configs = {}
     for kind in KINDS:
-        [path] = ROOT.glob(f"configs/models/*{name}_{kind}.json")
-        configs[kind] = AutoConfig.from_pretrained(path)
+        configs[kind] = AutoConfig.from_pretrained(ROOT / "configs" / "models" / f"{name}_{kind}.json")
     return compare(configs, options.batch_size, options.sequence_length, dtype, options, {"pair": name})
 
 

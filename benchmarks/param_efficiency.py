@@ -1,6 +1,6 @@
 """Parameter efficiency: a sweep of feed-forward blocks, sizes, learning rates and seeds, through train/train.py.
 
-    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml        # the headline: about an hour on 2 cores
+    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # the headline: 81 minutes on 2 shared cores
 
 One yaml declares the sweep:
 
