@@ -1,7 +1,7 @@
 """Whole models of equal parameters: training, prefill, decoding, memory; and how the cost of a step grows.
 
     python benchmarks/bench_models.py                                        # CPU, float32
-    python benchmarks/bench_models.py --device cuda --models small_30m 125m 350m 1b --batch_size 8 --sequence_length 1024
+    python benchmarks/bench_models.py --device cuda --models small_30m 125m 350m 1b --sequence_length 1024
 
 One training step is forward, backward and AdamW. The models of a pair (configs/models/) take turns, and so do the two
 blocks at every point of the scaling table: there one of width, depth, tokens and G changes and the rest stays at the
