@@ -20,15 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench_finetune import held_out_loss, sequences
+from bench_finetune import held_out_loss, load, sequences
 from harness import RESULTS, environment, header, markdown, write, write_figure, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
 from kansformer import splines
 from kansformer.layers import KANGated, SwiGLU
-from kansformer.sources import open_source
 
 METHODS = ("svd", "swiglu", "kan_gated")
 RIDGE = 1e-4  # of the mean square of a feature
@@ -54,12 +53,7 @@ def main() -> None:
     if not all(0 < share < 1 for share in options.shares):
         parser.error(f"--shares must lie between 0 and 1, not {options.shares}")
 
-    if options.source.suffix == ".gguf":
-        opened = open_source(options.source)
-        model, tokenizer = opened.model(), opened.tokenizer
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.source)
+    model, tokenizer = load(options.source)
     layers = model.eval().model.layers
     if wrong := [index for index in options.layers if not 0 <= index < len(layers)]:
         parser.error(f"--layers {wrong}: the model has layers 0 to {len(layers) - 1}")

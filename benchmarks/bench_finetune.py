@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from harness import RESULTS, environment, header, markdown, write, write_json
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from kansformer.convert import convert
 from kansformer.sources import open_source
@@ -49,12 +49,7 @@ def main() -> None:
     if unknown := {name for name, _ in runs} - RATES.keys():
         parser.error(f"--rate is for {', '.join(RATES)}, not {', '.join(sorted(unknown))}")
 
-    if options.source.suffix == ".gguf":
-        opened = open_source(options.source)
-        source, tokenizer = opened.model(), opened.tokenizer
-    else:  # in memory: open_source leaves a folder's layers on disk, where nothing trains
-        source = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.source)
+    source, tokenizer = load(options.source)
     shape = options.sequence_length, tokenizer
     train = sequences(options.train_text, options.steps * options.batch_size, *shape)
     valid = sequences(options.valid_text, options.valid_sequences, *shape)
@@ -90,6 +85,16 @@ def main() -> None:
     print(f"\n{table}")
     write(options.output / "table.md", f"{header(env)}\n\n{table}\n")
     write_json(options.output / "table.json", {"environment": env, "results": results})
+
+
+def load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32 and its tokenizer, of a folder or a .gguf file."""
+    if source.suffix == ".gguf":
+        opened = open_source(source)
+        return opened.model(), opened.tokenizer
+    # In memory: open_source leaves a folder's layers on disk, where nothing trains
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(source)
 
 
 def prepare(method: str, source: nn.Module, calibration: Tensor, options: argparse.Namespace) -> nn.Module:
