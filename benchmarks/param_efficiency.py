@@ -27,6 +27,7 @@ sizes its end segments are continued, so ratios of models that have much more th
 """
 
 import argparse
+import bz2
 import itertools
 import json
 import math
@@ -85,6 +86,7 @@ def main() -> None:
         cell["seconds"] = sweep["train"]["steps"] * times[key]["median"] / 1e3 if times else None
     result = {"environment": env, "sweep": sweep, "cells": list(cells.values()), "step_ms": list(times.values())}
     result["comparisons"] = compare(sweep, cells)
+    result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
     output = options.output or RESULTS / sweep["name"]
     text = "\n\n".join([header(env), *tables(sweep, result)])
     write(output / "table.md", text + "\n")
@@ -260,6 +262,20 @@ def compare(sweep: dict, cells: dict) -> list[dict]:
     return comparisons
 
 
+def bytes_a_word(folder: Path) -> float | None:
+    """Bytes over words of the held-out file, words and ends of lines as WikiText counts them; None without one.
+
+    A word's perplexity under a model of bytes is 2 ** (bits a byte * this).
+    """
+    opened = {"valid.txt": open, "valid.txt.bz2": bz2.open}
+    for name, read_ in opened.items():
+        if (folder / name).is_file():
+            with read_(folder / name, "rt", encoding="utf-8", newline="\n") as file:
+                text = file.read()
+            return len(text.encode()) / (len(text.split()) + text.count("\n"))
+    return None
+
+
 Points = list[tuple[float, list[float]]]  # (x, losses by seed) of every size
 
 
@@ -292,7 +308,7 @@ def interpolate(points: list[tuple[float, float]], x: float) -> float:
 
 def tables(sweep: dict, result: dict) -> list[str]:
     columns = ["model", "size", "parameters", "feed-forward", "read a token", "rate", "loss (nats/token)", "spread"]
-    columns += ["bits a byte", "ms a step"]
+    columns += ["bits a byte", "word perplexity", "ms a step"]
     times = {(line["size"], line["model"]): line["median"] for line in result["step_ms"]}
     rows = []
     for cell in sorted(result["cells"], key=lambda cell: list(sweep["sizes"]).index(cell["size"])):
@@ -303,8 +319,9 @@ def tables(sweep: dict, result: dict) -> list[str]:
         loss, bits = statistics.fmean(cell["losses"]), statistics.fmean(cell["bits_per_byte"])
         counts = [f"{cell[key]:,.0f}" for key in ("parameters", "feed_forward", "weights_read")]
         quality = [f"{cell['learning_rate']:g}{edge}", f"{loss:.4f}", f"{spread:.4f}", f"{bits:.4f}"]
+        word = "-" if result["bytes_a_word"] is None else f"{2 ** (bits * result['bytes_a_word']):,.0f}"
         time = "-" if milliseconds is None else f"{milliseconds:.0f}"
-        rows.append([cell["model"], cell["size"], *counts, *quality, time])
+        rows.append([cell["model"], cell["size"], *counts, *quality, word, time])
     seeds = len(sweep["seeds"])
     parts = [f"Mean over {seeds} seeds; spread: largest minus smallest. *: the rate is at an end of what was searched."]
     parts.append(markdown(columns, rows))

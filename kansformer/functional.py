@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ def kan_linear(
 
     Args:
         x: (..., I), any float dtype.
-        spline_weight: (I*C, O), C = grid_size + spline_order; row i*C + c.
+        spline_weight: (I*C, O), C = grid_size + spline_order; row i*C + c. A tensor of torchao is taken too: an
+            Int8Tensor with one scale a row is read as int8 for few rows and without gradients, dequantised otherwise.
         grid: (2,) or (I, 2), lo and hi of the grid; float32 or float64.
         grid_size: G >= 1 intervals.
         spline_order: k in 1, 2, 3.
@@ -69,21 +70,21 @@ def kan_linear(
         RuntimeError: if `backend` names one that cannot run here, saying why.
     """
     _check(x, spline_weight, grid, grid_size, spline_order, base_weight, bias, base_activation, gate)
+    dtype = spline_weight.dtype
     if torch.is_autocast_enabled(x.device.type):
-        spline_weight = spline_weight.to(torch.get_autocast_dtype(x.device.type))
+        dtype = torch.get_autocast_dtype(x.device.type)
     if base_weight is not None:
-        base_weight = base_weight.to(spline_weight.dtype)
-    y = torch.ops.kansformer.kan_linear(
-        x.reshape(-1, x.shape[-1]),
-        None if gate is None else gate.reshape(-1, x.shape[-1]),
-        spline_weight,
-        grid,
-        base_weight,
-        grid_size,
-        spline_order,
-        base_activation,
-        backend,
-    )
+        base_weight = base_weight.to(dtype)
+    rows = x.reshape(-1, x.shape[-1]), None if gate is None else gate.reshape(-1, x.shape[-1])
+    settings = grid, base_weight, grid_size, spline_order, base_activation, backend
+    if hasattr(spline_weight, "qdata"):  # of torchao
+        if _int8_by_rows(spline_weight) and not (torch.is_grad_enabled() and any(_needs_grad(rows, base_weight))):
+            scale = spline_weight.scale.flatten().to(dtype)
+            y = torch.ops.kansformer.kan_linear_int8(*rows, spline_weight.qdata, scale, *settings)
+        else:
+            y = torch.ops.kansformer.kan_linear(*rows, spline_weight.dequantize().to(dtype), *settings)
+    else:
+        y = torch.ops.kansformer.kan_linear(*rows, spline_weight.to(dtype), *settings)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.view(*x.shape[:-1], spline_weight.shape[1])
@@ -168,6 +169,44 @@ def _kan_linear(
 @_kan_linear.register_fake
 def _(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, backend):
     return spline_weight.new_empty(x.shape[0], spline_weight.shape[1])
+
+
+def _int8_by_rows(weight: Tensor) -> bool:
+    return weight.qdata.dtype == torch.int8 and weight.scale.numel() == len(weight)
+
+
+def _needs_grad(rows: tuple[Tensor, Tensor | None], base_weight: Tensor | None) -> Iterator[bool]:
+    return (tensor.requires_grad for tensor in (*rows, base_weight) if tensor is not None)
+
+
+@torch.library.custom_op("kansformer::kan_linear_int8", mutates_args=())
+def _kan_linear_int8(
+    x: Tensor,
+    gate: Tensor | None,
+    quantized: Tensor,
+    scale: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+    backend: str,
+) -> Tensor:
+    """`kan_linear` with spline_weight = quantized * scale[:, None], (I*C, O) int8 and (I*C,); without gradients.
+
+    Few rows read the live int8 rows alone. Many are bound by arithmetic: the weights are dequantised for them.
+    """
+    kernels = _implementation(x, scale, spline_order, base_activation, backend)
+    M, I, O = *x.shape, quantized.shape[1]
+    settings = grid, base_weight, grid_size, spline_order, base_activation
+    if kernels.use_decode_int8(M, I, O, grid_size + spline_order, spline_order):
+        return kernels.decode_int8(x, gate, quantized, scale, *settings)
+    return kernels.forward(x, gate, quantized.to(scale.dtype).mul_(scale[:, None]), *settings)
+
+
+@_kan_linear_int8.register_fake
+def _(x, gate, quantized, scale, grid, base_weight, grid_size, spline_order, base_activation, backend):
+    return scale.new_empty(x.shape[0], quantized.shape[1])
 
 
 @torch.library.custom_op("kansformer::kan_linear_backward", mutates_args=())
@@ -272,6 +311,11 @@ def _differentiable_backward(
 @register_flop_formula(torch.ops.kansformer.kan_linear)
 def _forward_flops(x, gate, spline_weight, grid, base_weight, *args, out_shape=None, **kwargs) -> int:
     return 2 * x[0] * (math.prod(spline_weight) + (math.prod(base_weight) if base_weight is not None else 0))
+
+
+@register_flop_formula(torch.ops.kansformer.kan_linear_int8)
+def _int8_flops(x, gate, quantized, scale, grid, base_weight, *args, out_shape=None, **kwargs) -> int:
+    return _forward_flops(x, gate, quantized, grid, base_weight)
 
 
 @register_flop_formula(torch.ops.kansformer.kan_linear_backward)

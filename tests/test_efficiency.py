@@ -1,5 +1,6 @@
 """The sweep: cells are matched, ratios are the ones that were put in, runs are made once, bad sweeps are refused."""
 
+import bz2
 import json
 import math
 import subprocess
@@ -114,3 +115,13 @@ def test_shipped_sweeps_are_whole(path):
     for size in values["sizes"].values():
         for model in values["models"].values():
             efficiency.configuration(size, model, values["reference"], values["models"])
+
+
+def test_words_are_counted_as_wikitext_counts_them(tmp_path):
+    (tmp_path / "valid.txt").write_text(" = Title = \n\n a b c \n", newline="\n")
+    assert efficiency.bytes_a_word(tmp_path) == 21 / (6 + 3)
+    assert efficiency.bytes_a_word(tmp_path / "none") is None
+    published = ROOT.parent / "shared" / "data" / "wikitext-2"
+    if (published / "valid.txt.bz2").is_file():  # 217,646 words with ends of lines, as published
+        with bz2.open(published / "valid.txt.bz2") as file:
+            assert len(file.read()) / efficiency.bytes_a_word(published) == pytest.approx(217_646)

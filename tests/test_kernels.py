@@ -419,3 +419,17 @@ print(json.dumps({name: len(found) for name, found in variants.items()}))
     sums = counts.pop("_sum_kernel")  # one for each pair of alignments, whatever the lengths
     assert set(counts.values()) == {1}, counts
     assert sums <= 2
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("M", "I"), [(1, 300), (3, 37)])
+def test_decode_of_int8_coefficients(M, I, gate, k):
+    layer = make(M, I, 45, 8 - k, k, gate=gate, base=gate)
+    scale = layer.spline_weight.abs().amax(1) / 127
+    quantized = (layer.spline_weight / scale[:, None]).round().to(torch.int8)
+    rest = layer.arguments[3:]
+    y = triton_kan.decode_int8(layer.x, layer.gate, quantized, scale, *rest)
+    layer.spline_weight = quantized * scale[:, None]
+    assert_twice(y, torch_kan.forward(*layer.arguments), torch_kan.forward(*layer.double().arguments), 1e-6, "y")

@@ -49,6 +49,36 @@ def forward(
     return y
 
 
+def use_decode_int8(M: int, I: int, O: int, C: int, spline_order: int) -> bool:
+    """Whether to read the live rows alone; to dequantise all C of them takes longer than the product with one row."""
+    return 0 < M * (spline_order + 1) <= C * DECODE_RATIO
+
+
+def decode_int8(
+    x: Tensor,
+    gate: Tensor | None,
+    quantized: Tensor,
+    scale: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+) -> Tensor:
+    """`forward` with spline_weight = quantized * scale[:, None], (I*C, O) int8 and (I*C,), for few rows."""
+    columns, values, _ = _live(x, grid, grid_size, spline_order)
+    if gate is not None:
+        values = values * gate.unsqueeze(1)
+    columns, values = columns.flatten(1), values.flatten(1)
+    values = values.to(torch.promote_types(torch.float32, scale.dtype)) * scale[columns]
+    y = values.new_zeros(len(x), quantized.shape[1])
+    for row, weights, live in zip(y, values, columns):
+        for some, of in zip(weights.split(INT8_ROWS), live.split(INT8_ROWS)):
+            row.addmv_(quantized[of].to(y.dtype).mT, some)
+    y = y.to(scale.dtype)
+    return y if base_weight is None else y.add_(F.linear(_base_input(x, gate, base_activation, y.dtype), base_weight))
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -113,6 +143,10 @@ def use_decode(rows: int, count: int, spline_order: int, device_type: str) -> bo
 # Live rows read (rows * (k + 1)) over all rows (C) up to which they beat the dense product on CPU: 0.67 to 0.86 of its
 # time there, 0.89 to 1.32 at twice that (benchmarks/bench_decode.py, d = 2048, k = 1 and 3, C = 4 to 16).
 DECODE_RATIO = 4.0
+
+
+# int8 rows dequantised at a time: of 2,048 float32 outputs they make 2 MiB, which stay in cache.
+INT8_ROWS = 256
 
 
 def activation(x: Tensor, name: str) -> Tensor:

@@ -34,10 +34,10 @@ def use_decode(M: int, I: int, O: int, C: int, spline_order: int) -> bool:
 
 @triton.jit(do_not_specialize=["M", "I_SPLIT"])
 def _kan_decode_kernel(
-    y_ptr, partial_ptr, x_ptr, gate_ptr, w_ptr, base_ptr, grid_ptr,
+    y_ptr, partial_ptr, x_ptr, gate_ptr, w_ptr, scale_ptr, base_ptr, grid_ptr,
     M, I, O, I_SPLIT, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = GRID_SIZE + ORDER
     first_o = (tl.program_id(0) * BLOCK_O).to(tl.int64)
@@ -62,11 +62,15 @@ def _kan_decode_kernel(
         lo, inverse_width = grid_scale(grid_ptr, i, stride_grid, I, GRID_SIZE)
         t = (x - lo) * inverse_width
         first = tl.floor(tl.minimum(tl.maximum(tl.where(t == t, t, 0.0), 0.0), GRID_SIZE - 1.0))
-        rows_ptr = w_ptr + ((i * C + first.to(tl.int64)) * O)[:, None]
+        row = i * C + first.to(tl.int64)
+        rows_ptr = w_ptr + (row * O)[:, None]
         s = t - first - (1 - ORDER) / 2
         for r in tl.static_range(ORDER + 1):
             w = tl.load(rows_ptr + r * O, mask=in_i[:, None] & in_o, other=0.0).to(tl.float32)
-            acc += (gate * spline(s - r, ORDER))[:, None] * w
+            phi = gate * spline(s - r, ORDER)
+            if HAS_SCALE:
+                phi *= tl.load(scale_ptr + row + r, mask=in_i, other=0.0).to(tl.float32)
+            acc += phi[:, None] * w
         if HAS_BASE:
             w = tl.load(base_ptr + i[:, None], mask=in_i[:, None] & in_o, other=0.0).to(tl.float32)
             acc_base += (gate * activation(x, ACTIVATION))[:, None] * w
@@ -91,15 +95,19 @@ def decode(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    scale: Tensor | None = None,
     BLOCK_I: int = 8,
     BLOCK_O: int = 256,
     num_warps: int = 4,
     sms: int = 132,
 ) -> Tensor:
-    """As `triton_kan.forward`, for few rows; the same sums in another order."""
+    """As `triton_kan.forward`, for few rows; the same sums in another order.
+
+    With `scale` (I*C,) the weights are spline_weight * scale[:, None], spline_weight int8; y has the scale's dtype.
+    """
     M, I = x.shape
     O = spline_weight.shape[1]
-    y = spline_weight.new_empty(M, O)
+    y = (spline_weight if scale is None else scale).new_empty(M, O)
     if y.numel() == 0 or I == 0:
         return y.zero_()
     blocks = triton.cdiv(O, BLOCK_O)
@@ -112,11 +120,12 @@ def decode(
     gate_or_x = x if gate is None else gate
     with torch.cuda.device_of(x):
         _kan_decode_kernel[blocks, splits, M](
-            y, partial, x, gate_or_x, weight, weight if base_weight is None else base_weight.contiguous(), grid,
+            y, partial, x, gate_or_x, weight, weight if scale is None else scale.contiguous(),
+            weight if base_weight is None else base_weight.contiguous(), grid,
             M, I, O, per_split, *x.stride(), *gate_or_x.stride(), 0 if grid.dim() == 1 else 2,
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
-            HAS_BASE=base_weight is not None, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, num_warps=num_warps,
-            enable_fp_fusion=True,
+            HAS_BASE=base_weight is not None, HAS_SCALE=scale is not None, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O,
+            num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return sum_partials(partial, y) if splits > 1 else y
 

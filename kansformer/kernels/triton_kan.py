@@ -359,6 +359,27 @@ def forward(
     return sum_partials(partial, y) if splits > 1 else y
 
 
+def use_decode_int8(M: int, I: int, O: int, C: int, spline_order: int) -> bool:
+    """As `use_decode`: dequantised, all C rows are read once more and written twice over."""
+    return 0 < M <= 64 and M * (spline_order + 1) <= 5 * C
+
+
+def decode_int8(
+    x: Tensor,
+    gate: Tensor | None,
+    quantized: Tensor,
+    scale: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    base_activation: str,
+) -> Tensor:
+    """`forward` with spline_weight = quantized * scale[:, None], (I*C, O) int8 and (I*C,), for few rows."""
+    _, sms = _device_properties(x.device.index)
+    return decode(x, gate, quantized, grid, base_weight, grid_size, spline_order, base_activation, scale, sms=sms)
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
