@@ -61,12 +61,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="tokens a step (2048; 16384 on cuda)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds, each variant once a round")
     parser.add_argument("--only", nargs="+", help="blocks to run beside the MLP, by the start of their names")
+    parser.add_argument("--no_tests", action="store_true", help="on cuda: do not run the gpu tests first")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for ffn_<device>.{json,md,png}")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
-    if cuda:  # correctness before speed
+    if cuda and not args.no_tests:  # correctness before speed
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, check=True)
     widths = args.hidden_size or ([768, 1024, 2048, 4096] if cuda else [512])
     tokens = args.tokens or (16384 if cuda else 2048)

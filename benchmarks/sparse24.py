@@ -3,18 +3,18 @@
     python benchmarks/sparse24.py --tokens 16384 --width 1024 2048 4096
 
 A sparse product (`mma.sp`, `wgmma.mma_async.sp`) runs at up to twice the dense rate where each group of four numbers
-along the reduction has at most two that are not zero. Of the C splines of one input only the k + 1 from f on can be. Put
-those with c = g (mod C/4) in group g, C a multiple of 4: the window then meets a group in at most
+along the reduction has at most two that are not zero. Of the C splines of one input only the k + 1 from f on can be.
+Put those with c = g (mod C/4) in group g, C a multiple of 4: the window then meets a group in at most
 ceil((k + 1) / (C/4)) neighbours p, c = g + p C/4, so that
 
     k + 1 <= C / 2      is enough: k = 1 from C = 4 on, k = 2 and 3 from C = 8 on,
 
-and the two that are stored are p0 = clamp(ceil((f - g) / (C/4)), 0, 2) and p0 + 1, whatever x is: a closed form, computed
-in registers, of C/2 instead of C splines. The metadata of a group are the four bits p0 | (p0 + 1) << 2. The dense operand
+and the two that are stored are p0 = clamp(ceil((f - g) / (C/4)), 0, 2) and p0 + 1, whatever x is: a closed form in
+registers, of C/2 instead of C splines. The metadata of a group are the four bits p0 | (p0 + 1) << 2. The dense operand
 is the weights with the rows of each input in the order (g, p): `order`.
 
-The layout of values and metadata is checked against torch's own reader of CUTLASS's format, on CPU (tests/test_sparse24.py).
-Prints predictions on benchmarks/roofline.py's terms; nothing here has run on a GPU.
+The layout of values and metadata is checked against torch's own reader of CUTLASS's format, on CPU
+(tests/test_sparse24.py). Prints predictions on benchmarks/roofline.py's terms; nothing here has run on a GPU.
 """
 
 import argparse

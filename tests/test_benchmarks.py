@@ -1,6 +1,7 @@
 """The benchmark scripts run end to end, at sizes that measure nothing, and write what they promise."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,31 @@ def test_bench_distill(tmp_path):
     for method in ("svd", "swiglu", "kan_gated"):
         assert rows[method]["parameters"] == pytest.approx(0.5, rel=0.05)
         assert rows[method]["error"] < rows[method]["closed_form"] < 1
+
+
+def test_bench_kernels_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    program = "import interpreter, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    small = ["--device", "cpu", "--tokens", "32", "--width", "16", "--rounds", "1", "--output", str(tmp_path)]
+    paths = os.pathsep.join(str(ROOT / name) for name in ("tests", "benchmarks", "."))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT / "benchmarks" / "bench_kernels.py"), *small],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "kernels_cpu.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {"forward", "backward_x", "backward_w"}
+    assert max(row["error"] for row in rows) < 1e-5
+    assert {row["layer"] for row in rows if row["variant"] == "basis + cuBLAS"} == {row["layer"] for row in rows}
+
+
+def test_the_steps_of_the_gpu_script_exist(tmp_path):
+    printed = run("gpu.py", "--output", str(tmp_path), "--print").splitlines()
+    assert len(printed) == 5
+    for line in printed[1:]:
+        script, *arguments = line.split()[1:]
+        known = run(Path(script).name, "--help")
+        assert all(argument in known for argument in arguments if argument.startswith("--")), line

@@ -1,4 +1,4 @@
-"""Coefficients in int8, one scale a row: the operator, its kernels, and torchao's tensors in a transformers model."""
+"""Decoding: live rows alone or all of them, and coefficients in int8, one scale a row, as torchao keeps them."""
 
 import copy
 
@@ -103,3 +103,21 @@ def test_compiles_whole_and_passes_gradients_of_x():
     x.requires_grad_()
     [gradient] = torch.autograd.grad(small(x, v).sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad(layer(x, v).sum(), x)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generation_with_live_rows_and_without(monkeypatch, batch, cache):
+    """The decode op changes the order of sums, and no word."""
+    network, tokens = model(), torch.randint(64, (batch, 9))
+    settings = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
+    calls = []
+    decode = torch_kan._decode
+    monkeypatch.setattr(torch_kan, "_decode", lambda *a: calls.append(1) or decode(*a))
+    with_it = network.generate(tokens, disable_compile=True, **settings)
+    assert len(calls) >= 19 * 2
+    monkeypatch.setattr(torch_kan, "use_decode", lambda *a: False)
+    calls.clear()
+    assert torch.equal(with_it, network.generate(tokens, disable_compile=True, **settings))
+    assert not calls

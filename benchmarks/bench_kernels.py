@@ -1,0 +1,207 @@
+"""The kernels one by one: every tile worth trying, and the plain alternative, against the matmul ceiling.
+
+    python benchmarks/bench_kernels.py                                  # cuda, bfloat16
+
+For the KAN layers of the blocks in benchmarks/bench_ffn.py: forward, dx and dW under each of `candidate_configs`, the
+shipped one first, and the alternative that writes Phi (M, I*C) to memory: splines by one compiled kernel, then cuBLAS.
+Each is compared with float64 on a few rows before it is timed. The share is of a large product's TFLOP/s in this run.
+Writes kernels_<device>.{json,md}; a tile that wins goes to kansformer/kernels/triton_config.py with its figures.
+
+`--device cpu` is for tests/test_benchmarks.py, which walks through all of it in Triton's interpreter; such times mean
+nothing.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_ffn import matmul_ceiling
+from harness import RESULTS, environment, header, markdown, ratio, side_by_side, summary, write, write_json
+from torch import Tensor
+
+from kansformer import splines
+from kansformer.kernels import torch_kan, triton_config, triton_kan
+from kansformer.layers import match_intermediate_size
+
+# (block, C, k): its layer h -> d
+LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan", 8, 1), ("kan", 8, 3))
+KERNELS = ("forward", "backward_x", "backward_w")
+WORST = 0.02  # of the norm, in bfloat16
+
+
+@dataclasses.dataclass
+class Layer:
+    x: Tensor
+    gate: Tensor | None
+    weight: Tensor
+    grid: Tensor
+    base: Tensor | None
+    G: int
+    k: int
+    dy: Tensor
+
+    @property
+    def arguments(self) -> tuple:
+        return self.x, self.gate, self.weight, self.grid, self.base, self.G, self.k, "silu"
+
+    def rows(self, count: int) -> "Layer":
+        gate = None if self.gate is None else self.gate[:count]
+        return dataclasses.replace(self, x=self.x[:count], gate=gate, dy=self.dy[:count])
+
+    def double(self) -> "Layer":
+        names = ("x", "gate", "weight", "grid", "base", "dy")
+        values = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(self, **{n: v.double() for n, v in values.items() if v is not None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA device")
+    cuda = options.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    env = environment(options.device, dtype=str(dtype).removeprefix("torch."), tokens=options.tokens)
+    ceiling = env["matmul_tflops"] = matmul_ceiling(dtype) if cuda else None
+    print(header(env), flush=True)
+    rows = []
+    for d in options.width:
+        for block, C, k in LAYERS:
+            h = match_intermediate_size(block, d, reference="mlp", grid_size=C - k, spline_order=k)
+            layer = make(options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype)
+            for kernel in KERNELS:
+                for row in measure(kernel, layer, options.rounds, options.device):
+                    row["share"] = row["tflops"] / ceiling if ceiling else None
+                    rows.append({"layer": f"{block} {h} -> {d}, C = {C}, k = {k}", "kernel": kernel} | row)
+                    print(rows[-1], flush=True)
+    columns = ["layer", "kernel", "variant", "ms", "against shipped", "TFLOP/s", "of the ceiling", "error"]
+    cells = []
+    for r in rows:
+        share = "-" if r["share"] is None else f"{r['share']:.2f}"
+        figures = [f"{r['ms']['median']:.3f}", f"{r['ratio']:.2f}x", f"{r['tflops']:.4g}", share, f"{r['error']:.1e}"]
+        cells.append([r["layer"], r["kernel"], r["variant"], *figures])
+    text = f"{header(env)}\n\n{markdown(columns, cells)}\n"
+    name = options.output / f"kernels_{options.device}"
+    write(name.with_suffix(".md"), "# Kernels\n\n`python benchmarks/bench_kernels.py`\n\n" + text)
+    write_json(name.with_suffix(".json"), {"environment": env, "rows": rows})
+    print(text)
+
+
+def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype: torch.dtype) -> Layer:
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    grid = torch.tensor([-2.0, 2.0], device=device).expand(I, 2).contiguous()
+    base = None if gated else draw(O, I, scale=I**-0.5)
+    gate = draw(M, I) if gated else None
+    return Layer(draw(M, I), gate, draw(I * C, O, scale=I**-0.5), grid, base, C - k, k, draw(M, O))
+
+
+def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
+    """A row for every configuration and for the alternative."""
+    M, I = layer.x.shape
+    O, C = layer.weight.shape[1], layer.G + layer.k
+    capability, _ = triton_kan._device_properties(layer.x.device.index)
+    gated, based = layer.gate is not None, layer.base is not None
+    configs = triton_config.candidate_configs(kernel, M, I, O, C, layer.weight.dtype, gated, based, capability)
+    variants = {}
+    for config in configs:
+        numbers = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items())
+        variants[numbers] = lambda part, config=config: fused(kernel, part, config)
+    variants["basis + cuBLAS"] = lambda part: alternative(kernel, part)
+    expected = reference(kernel, layer.rows(32).double())
+    errors = {}
+    for name, run in variants.items():
+        errors[name] = max(error(a, b) for a, b in zip(run(layer.rows(32)), expected))
+        if not errors[name] < WORST:
+            raise RuntimeError(f"{kernel}, {name}: off by {errors[name]:.2e} of its norm")
+    calls: dict[str, Callable] = {name: (lambda run=run: run(layer)) for name, run in variants.items()}
+    times = side_by_side(calls, rounds, device)
+    shipped = next(iter(variants))
+    flops = 2 * M * O * I * (C + based)
+    return [
+        {"variant": name, "ms": summary(times[name]), "ratio": ratio(times[name], times[shipped])}
+        | {"tflops": flops / summary(times[name])["median"] / 1e9, "error": errors[name]}
+        for name in variants
+    ]
+
+
+def fused(kernel: str, layer: Layer, config: triton_config.Config) -> list[Tensor]:
+    if kernel == "forward":
+        found = [triton_kan.forward(*layer.arguments, config=config)]
+    elif kernel == "backward_x":
+        found = triton_kan.backward_x(layer.dy, *layer.arguments, config=config)
+    else:
+        needs = True, layer.base is not None
+        found = triton_kan.backward_w(layer.dy, *layer.arguments, *needs, config=config)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def reference(kernel: str, layer: Layer) -> list[Tensor]:
+    if kernel == "forward":
+        return [torch_kan.forward(*layer.arguments)]
+    inputs = kernel == "backward_x"
+    needs = inputs, inputs and layer.gate is not None, not inputs, not inputs and layer.base is not None
+    return [tensor for tensor in torch_kan.backward(layer.dy, *layer.arguments, needs) if tensor is not None]
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    return ((result.double() - expected).norm() / expected.norm()).item()
+
+
+def compiled(function: Callable) -> Callable:
+    """One fused kernel on a GPU; as it is elsewhere."""
+    return torch.compile(function) if torch.cuda.is_available() else function
+
+
+@compiled
+def _phi(x: Tensor, gate: Tensor | None, grid: Tensor, G: int, k: int, dtype: torch.dtype) -> Tensor:
+    phi = splines.basis(x, grid, G, k)
+    return (phi if gate is None else phi * gate.unsqueeze(-1)).to(dtype).flatten(1)
+
+
+@compiled
+def _base(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    a = torch_kan.activation(x, "silu")
+    return (a if gate is None else a * gate).to(dtype)
+
+
+@compiled
+def _gradients(
+    dphi: Tensor, dbase: Tensor | None, x: Tensor, gate: Tensor | None, grid: Tensor, G: int, k: int
+) -> tuple[Tensor, Tensor | None]:
+    dphi = dphi.unflatten(1, (-1, G + k)).float()
+    dx = (dphi * splines.basis(x, grid, G, k, derivative=True)).sum(-1)
+    dgate = None if gate is None else (dphi * splines.basis(x, grid, G, k)).sum(-1)
+    if dbase is not None:
+        p = torch.sigmoid(x.float())
+        dx = dx + dbase * (p * (1 + x * (1 - p)))
+        dgate = None if gate is None else dgate + dbase * torch_kan.activation(x, "silu")
+    dx = dx if gate is None else dx * gate
+    return dx.to(x.dtype), None if dgate is None else dgate.to(x.dtype)
+
+
+def alternative(kernel: str, layer: Layer) -> list[Tensor]:
+    """Phi or dPhi in memory, products by cuBLAS."""
+    x, gate, weight, grid, base, G, k, _ = layer.arguments
+    if kernel == "backward_x":
+        dbase = None if base is None else layer.dy @ base
+        found = _gradients(layer.dy @ weight.mT, dbase, x, gate, grid, G, k)
+        return [tensor for tensor in found if tensor is not None]
+    phi = _phi(x, gate, grid, G, k, weight.dtype)
+    if kernel == "forward":
+        y = phi @ weight
+        return [y if base is None else y.addmm_(_base(x, gate, weight.dtype), base.mT)]
+    found = [phi.mT @ layer.dy]
+    return found if base is None else [*found, layer.dy.mT @ _base(x, gate, weight.dtype)]
+
+
+if __name__ == "__main__":
+    main()

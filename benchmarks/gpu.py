@@ -1,0 +1,60 @@
+"""Everything that needs a GPU, in one call: correctness, kernels, blocks, decoding, models. Continues past a failure.
+
+    python benchmarks/gpu.py --output FOLDER        # under 10 minutes on an H200, as planned; --only for a part of it
+
+Each step has its own limit in seconds, its output in FOLDER/STEP.log, its tables and json in FOLDER. The summary, last,
+is one JSON line: step, exit status (124: over its limit), seconds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness import ROOT, write_json
+
+# name: (seconds, arguments)
+STEPS = {
+    "tests": (200, ["-m", "pytest", "-q", "-m", "gpu"]),
+    "kernels": (120, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
+    "blocks": (150, ["benchmarks/bench_ffn.py", "--device", "cuda", "--rounds", "9", "--no_tests"]),
+    "decode": (90, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m", "350m"]),
+    "models": (90, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--print", action="store_true", help="the commands, and run nothing")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    done = []
+    for name in options.only:
+        limit, arguments = STEPS[name]
+        if name != "tests":
+            arguments = [*arguments, "--output", str(options.output.resolve())]
+        if options.print:
+            print(" ".join(["python", *arguments]))
+            continue
+        start = time.monotonic()
+        with open(options.output / f"{name}.log", "w") as log:
+            try:
+                command = [sys.executable, *arguments]
+                code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+            except subprocess.TimeoutExpired:
+                code = 124
+        done.append({"step": name, "exit": code, "seconds": round(time.monotonic() - start, 1)})
+        print(done[-1], flush=True)
+        if code:
+            print("\n".join((options.output / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
+    if done:
+        write_json(options.output / "gpu.json", {"steps": done})
+        print(json.dumps({"steps": done}))
+
+
+if __name__ == "__main__":
+    main()
