@@ -122,6 +122,8 @@ def launches(case: "Case", capability: int) -> list[Launch]:
             gate = torch.empty_like(x) if case.gate else None
             if rows == 1:
                 triton_kan.decode(x, gate, weight, grid, base, *settings)
+                scale = torch.empty(INPUTS * C, dtype=dtype, device="meta")
+                triton_kan.decode_int8(x, gate, weight.to(torch.int8), scale, grid, base, *settings)
                 continue
             triton_kan.forward(x, gate, weight, grid, base, *settings)
             if rows > 64:

@@ -417,6 +417,7 @@ print(json.dumps({name: len(found) for name, found in variants.items()}))
     )  # fmt: skip
     counts = json.loads(done.stdout)
     sums = counts.pop("_sum_kernel")  # one for each pair of alignments, whatever the lengths
+    assert counts.pop("_kan_decode_kernel") == 2  # coefficients in the weights' dtype, and in int8
     assert set(counts.values()) == {1}, counts
     assert sums <= 2
 
