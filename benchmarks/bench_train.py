@@ -77,8 +77,8 @@ def measure(run: train.Run, rounds: int, steps: int) -> dict:
                 train.token_loss(run.model, inputs, targets, tokens).backward()
             if run.settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, run.settings.max_grad_norm)
-            run.adamw.step()
-            run.adamw.zero_grad(set_to_none=True)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
 
     def loop() -> None:
         run.train(run.step + steps)

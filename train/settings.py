@@ -30,6 +30,7 @@ class Settings:
     steps: int = 1000
     batch_size: int = 16  # sequences a step, over all processes and accumulation
     micro_batch_size: int | None = None  # sequences a process holds at once; the rest is accumulated. null: its share
+    optimizer: str = "adamw"  # or muon: matrices by orthogonalised momentum, the rest by AdamW at the same rate
     learning_rate: float = 1e-3
     min_lr_ratio: float = 0.1  # where the cosine ends, as a share of learning_rate
     warmup_steps: int = 100
@@ -95,7 +96,7 @@ class Settings:
             )
         choices = {
             **{"val_split": ("tail", "document", "file"), "device": ("auto", "cpu"), "precision": ("no", "bf16")},
-            **{"final_model": ("last", "best"), "resume": ("auto", "none")},
+            **{"final_model": ("last", "best"), "resume": ("auto", "none"), "optimizer": ("adamw", "muon")},
         }
         for name, allowed in choices.items():
             _check(name, getattr(self, name), getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")

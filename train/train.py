@@ -47,7 +47,7 @@ from data import Batches, Corpus, load_tokenizer, prepare
 from grids import update_grids
 from health import Episodes, LossSpikes, first_nonfinite, stop_signals, whole
 from metrics import bits_per_byte
-from optimizer import learning_rate, parameter_groups
+from optimizer import learning_rate, optimizer
 from settings import Settings, batch_split, check_resume, check_world
 
 import kansformer  # noqa: F401 (registers the model with the Auto classes)
@@ -133,19 +133,14 @@ class Run:
         self.parameter_count = sum(p.numel() for p in model.parameters())
         count = getattr(model, "flops_per_token", lambda _: None)  # a stock model does not know
         self.flops_per_token = count(settings.sequence_length)
-        self.adamw = torch.optim.AdamW(
-            parameter_groups(model, settings),
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            fused=True,
-        )
-        # A flag on the device that AdamW obeys: no step is applied from the first non-finite one on, and no step waits
+        self.optimizer = optimizer(model, settings)
+        # A flag on the device that it obeys: no step is applied from the first non-finite one on, and no step waits
         # until the host has looked at its loss.
-        self.adamw.found_inf = torch.zeros((), device=self.device)
-        self.model, _ = accelerator.prepare(model, self.adamw)
+        self.optimizer.found_inf = torch.zeros((), device=self.device)
+        self.model, _ = accelerator.prepare(model, self.optimizer)
         self.bare_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.resumed is not None:
-            checkpoint.load_optimizer(self.resumed, self.bare_model, self.adamw)
+            checkpoint.load_optimizer(self.resumed, self.bare_model, self.optimizer)
         self.model.train()
         self.lag = 1 if self.device.type == "cuda" else 0  # steps by which the host sees figures late
         self.spikes, self.episodes = LossSpikes(settings.spike_window), Episodes()
@@ -244,7 +239,7 @@ class Run:
         From the first non-finite step on none is applied, here or later.
         """
         self.lr = learning_rate(self.settings, step)
-        for group in self.adamw.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_ratio"]
         loss = self.gradients(step)
         gradients = [p.grad for p in self.bare_model.parameters() if p.grad is not None]
@@ -252,11 +247,11 @@ class Run:
         stopping = float(bool(self.stop) or time.monotonic() > self.deadline)
         loss, stopping = self.accelerator.reduce(torch.stack([loss, torch.full_like(loss, stopping)]))
         broken = ~(loss.isfinite() & norm.isfinite())
-        self.adamw.found_inf.add_(broken).clamp_(max=1)
+        self.optimizer.found_inf.add_(broken).clamp_(max=1)
         if self.settings.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.settings.max_grad_norm, norm)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss, norm, stopping])
 
     def gradients(self, step: int) -> torch.Tensor:
@@ -315,7 +310,7 @@ class Run:
         """
         tokens = self.settings.batch_size * self.settings.sequence_length
         shares = (inputs for inputs, _ in self.micro_batches(self.batches, max(self.step - 1, 0)))
-        update_grids(self.bare_model, self.adamw, shares, tokens, self.settings.grid_update_spread)
+        update_grids(self.bare_model, self.optimizer, shares, tokens, self.settings.grid_update_spread)
         self.metrics.log(self.step, event="grid_update")
 
     @torch.no_grad()
@@ -360,7 +355,7 @@ class Run:
         checkpoint.save(
             self.accelerator,
             self.bare_model,
-            self.adamw,
+            self.optimizer,
             self.tokenizer,
             self.checkpoints,
             self.step,
