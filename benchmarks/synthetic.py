@@ -6,8 +6,10 @@ A sequence of points x_t in [-1, 1]^n, one of them marked; at the last place the
 one, so attention fetches it and the feed-forward blocks compute f:
 
     additive   f(x) = sum_j f_j(x_j), f_j a smooth random function of a coordinate: what the edges of a KAN layer are
+    ridges     f(x) = sum_u a_u gelu(w_u x + b_u), a random GELU MLP with many sharp units and many outputs: a GELU
+               block of as many units can be it, a KAN block of equal parameters has a third of the directions
     parities   f(x) = sum_u a_u s_i s_j s_k, s the signs of three coordinates, which is all that the model is shown of
-               them: an edge sees two points of its function, and the rest of its coefficients is waste
+               them: an edge sees two points of its function. Meant for MLPs, and no MLP's win
 
 Blocks of equal parameters in the same decoder, fresh samples at every step and the same ones for all, each block at
 the best of the learning rates by the first seed. The figure is the squared error over the variance of f on held-out

@@ -10,7 +10,12 @@ a comparison differs in nothing else. G intervals and order k give C = G + k spl
     kan_gated   z = norm(gate x), v = up x, y_o = sum_h v_h phi_oh(z_h) d h (2 + C + 1)    arXiv:2408.10205
 
 (one less in each C + 1 without the base term.) In `kan_gated` every edge has its own gate function phi; with the silu
-base term, zero splines and no norm it is SwiGLU, bit for bit.
+base term, zero splines and no norm it is SwiGLU, bit for bit. With `project_value=False` the two gated blocks have no
+up projection: v_h = x_(h mod d), the block's own input, so that
+
+    y_o = sum_i x_i sum_m phi_oim(z_im)
+
+is a linear map whose every entry is a KAN of the token, and a unit costs d weights less.
 """
 
 import functools
@@ -290,7 +295,7 @@ class SwiGLU(FeedForward):
     """down(silu(gate x) * up x) (Shazeer 2020, arXiv:2002.05202), the block of Llama.
 
     With `gate_norm` the gate's input to silu is RMS-normalised with a learned gain: the MLP baseline that has the norm
-    of `kan_gated` but not its functions.
+    of `kan_gated` but not its functions. `project_value=False`: down(silu(gate x) * x), x repeated to the width.
     """
 
     def __init__(
@@ -298,6 +303,7 @@ class SwiGLU(FeedForward):
         hidden_size: int,
         intermediate_size: int,
         gate_norm: bool = False,
+        project_value: bool = True,
         norm_eps: float = 1e-6,
         init_gain: float = 1.0,
         device: torch.device | str | None = None,
@@ -306,7 +312,7 @@ class SwiGLU(FeedForward):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.gate_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
-        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory) if project_value else None
         self.down_proj = _linear(intermediate_size, hidden_size, init_gain / _activation_rms("silu"), **factory)
         self.gate_norm = nn.RMSNorm(intermediate_size, eps=norm_eps, **factory) if gate_norm else None
         self.elementwise_flops = intermediate_size * (ACTIVATION_FLOPS["silu"] + 1 + (NORM_FLOPS if gate_norm else 0))
@@ -315,7 +321,7 @@ class SwiGLU(FeedForward):
         gate = self.gate_proj(x)
         if self.gate_norm is not None:
             gate = self.gate_norm(gate)
-        return self.down_proj(F.silu(gate) * self.up_proj(x))
+        return self.down_proj(F.silu(gate) * _value(self.up_proj, x, gate))
 
 
 class _KANFeedForward(FeedForward):
@@ -339,13 +345,14 @@ class _KANFeedForward(FeedForward):
         init_gain: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: object,
     ) -> None:
         super().__init__()
         self.ffn_norm, self.norm_eps = ffn_norm, norm_eps
         factory = {"device": device, "dtype": dtype}
         kan = {"grid_size": grid_size, "spline_order": spline_order, "grid_range": grid_range}
         kan |= {"base_activation": base_activation} | factory
-        self._build(hidden_size, intermediate_size, kan, factory)
+        self._build(hidden_size, intermediate_size, kan, factory, **options)
         self.down_proj = KANLinear(intermediate_size, hidden_size, init_gain=init_gain, **kan)
         self.elementwise_flops = intermediate_size * NORM_FLOPS * ffn_norm
 
@@ -377,15 +384,27 @@ class KANGated(_KANFeedForward):
     """z = norm(gate x), v = up x, y_o = sum_h v_h * phi_oh(z_h): SwiGLU with a learned gate function on every edge.
 
     A KAN layer with product nodes (KAN 2.0, arXiv:2408.10205). With base_activation="silu", ffn_norm=False and zero
-    splines it equals `SwiGLU` with the same weights bit for bit on the torch backend.
+    splines it equals `SwiGLU` with the same weights bit for bit on the torch backend. `project_value=False`: v is x,
+    repeated to the width.
     """
 
-    def _build(self, hidden_size: int, intermediate_size: int, kan: dict, factory: dict) -> None:
+    def _build(
+        self, hidden_size: int, intermediate_size: int, kan: dict, factory: dict, project_value: bool = True
+    ) -> None:
         self.gate_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
-        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory) if project_value else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._norm(self.gate_proj(x)), gate=self.up_proj(x))
+        z = self._norm(self.gate_proj(x))
+        return self.down_proj(z, gate=_value(self.up_proj, x, z))
+
+
+def _value(up_proj: nn.Linear | None, x: Tensor, gate: Tensor) -> Tensor:
+    """up x, or without an up projection x itself, in as many copies as the width of `gate` takes."""
+    if up_proj is not None:
+        return up_proj(x)
+    size, copies = gate.shape[-1], -(-gate.shape[-1] // x.shape[-1])
+    return x.repeat(*[1] * (x.dim() - 1), copies)[..., :size]
 
 
 FFN_TYPES: dict[str, type[FeedForward]] = {

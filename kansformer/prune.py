@@ -203,12 +203,15 @@ def remove_units(model: nn.Module, kept: Sequence[Tensor], units: Sequence[Units
         kept: int64 indices for each block, ascending; `choose_units` makes them.
         units: what was measured, for blocks with a norm. None: nothing is stretched.
     Raises:
-        ValueError: if the number of blocks differs, or an index is missing, out of range or given twice.
+        ValueError: if the number of blocks differs, an index is missing, out of range or given twice, or the blocks
+            have no up projection: there a unit's place says which input it multiplies.
     """
     blocks = feed_forward_blocks(model)
     if len(kept) != len(blocks):
         raise ValueError(f"kept has {len(kept)} entries, the model {len(blocks)} blocks: give one for each")
     for index, (block, keep) in enumerate(zip(blocks, kept)):
+        if getattr(block, "up_proj", block) is None:
+            raise ValueError("project_value is False: unit h multiplies x[h mod d], so no unit can leave the block")
         size = block.down_proj.in_features
         if keep.numel() == 0 or keep.min() < 0 or keep.max() >= size or len(keep.unique()) < len(keep):
             raise ValueError(f"kept[{index}] must hold distinct units of 0 .. {size - 1}, at least one")

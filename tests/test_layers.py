@@ -203,6 +203,24 @@ def test_kan_gated_without_splines_is_swiglu_bit_for_bit(rows, dtype):
     assert torch.equal(gated.to(dtype)(x), swiglu.to(dtype)(x))
 
 
+@pytest.mark.parametrize("width", [20, 32, 64, 72])
+def test_without_an_up_projection_the_gates_multiply_the_input(width):
+    gated = KANGated(32, width, base_activation="silu", ffn_norm=False, project_value=False)
+    swiglu = SwiGLU(32, width, project_value=False)
+    with torch.no_grad():
+        gated.down_proj.spline_weight.zero_()
+        swiglu.gate_proj.weight.copy_(gated.gate_proj.weight)
+        swiglu.down_proj.weight.copy_(gated.down_proj.base_weight)
+    x = torch.randn(3, 7, 32)
+    value = torch.stack([x[..., h % 32] for h in range(width)], -1)
+    assert_close(swiglu(x), swiglu.down_proj(F.silu(swiglu.gate_proj(x)) * value), 1e-6)
+    assert torch.equal(gated(x), swiglu(x))
+    projected = SwiGLU(32, width)
+    assert sum(p.numel() for p in swiglu.parameters()) * 3 == sum(p.numel() for p in projected.parameters()) * 2
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(KANGated(6, 8, project_value=False, dtype=torch.float64), x)
+
+
 def test_gate_norm_normalises_the_gate():
     block = SwiGLU(32, 64, gate_norm=True)
     with torch.no_grad():

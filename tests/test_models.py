@@ -222,7 +222,31 @@ def test_gradient_checkpointing_changes_nothing(ffn_type, reentrant):
 
 @pytest.mark.parametrize("ffn_type", FFN_TYPES)
 def test_compile_fullgraph(ffn_type):
-    check_compiled(ffn_type, "aot_eager")
+    check_compiled("aot_eager", ffn_type=ffn_type)
+
+
+@pytest.mark.parametrize("ffn_type", ["swiglu", "kan_gated"])
+def test_without_an_up_projection(ffn_type, tmp_path):
+    """Compiled whole with equal gradients; cached and uncached agree; saved, loaded; exported for any length."""
+    check_compiled("aot_eager", ffn_type=ffn_type, project_value=False)
+    model = tiny_model(ffn_type=ffn_type, project_value=False)
+    reference = tiny_model(ffn_type=ffn_type)
+    counts = model.parameter_counts()["feed_forward"] / reference.parameter_counts()["feed_forward"]
+    assert counts == pytest.approx(1, abs=0.02)
+    assert not [name for name, _ in model.named_parameters() if "up_proj" in name]
+    ids = tokens()
+    logits, cache = model(ids).logits, None
+    for t in range(ids.shape[1]):
+        step = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        torch.testing.assert_close(step.logits[:, 0], logits[:, t], atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    shapes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=64)}, "use_cache": None}
+    inputs = {"input_ids": ids, "use_cache": False}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+    longer = tokens(batch=3, length=29)
+    torch.testing.assert_close(program(input_ids=longer, use_cache=False).logits, model(longer).logits)
 
 
 @pytest.mark.slow
@@ -230,12 +254,12 @@ def test_compile_fullgraph(ffn_type):
 def test_compile_inductor(ffn_type):
     if shutil.which("g++") is None:
         pytest.skip("inductor on CPU needs g++")
-    check_compiled(ffn_type, "inductor")
+    check_compiled("inductor", ffn_type=ffn_type)
 
 
-def check_compiled(ffn_type: str, backend: str) -> None:
+def check_compiled(backend: str, **fields) -> None:
     torch._dynamo.reset()
-    model = tiny_model(ffn_type=ffn_type)
+    model = tiny_model(**fields)
     reference = model(tokens(), labels=tokens(), use_cache=False)
     reference.loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -965,6 +989,7 @@ def test_options_without_effect_are_reported(caplog, monkeypatch):
     for options, named in (
         ({"ffn_type": "swiglu", "grid_size": 8, "spline_order": 3}, "'swiglu' does not read grid_size, spline_order"),
         ({"ffn_type": "kan_gated", "gate_norm": True}, "'kan_gated' does not read gate_norm"),
+        ({"ffn_type": "kan_mix", "project_value": False}, "'kan_mix' does not read project_value"),
         ({"ffn_type": "mlp", "hidden_act": "relu"}, None),
     ):
         caplog.clear()
@@ -1009,6 +1034,7 @@ FIELDS = {
     "ffn_norm": ({}, [False]),
     "hidden_act": ({"ffn_type": "mlp"}, ["relu"]),
     "gate_norm": ({"ffn_type": "swiglu"}, [True]),
+    "project_value": ({}, [False]),
 }
 
 

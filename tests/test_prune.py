@@ -338,3 +338,9 @@ def test_command_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "kansformer.prune"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert "required: model, --text, --share, --output" in run.stderr
+
+
+def test_units_that_multiply_the_input_stay():
+    model = tiny_model("kan_gated", project_value=False)
+    with pytest.raises(ValueError, match=r"project_value is False: unit h multiplies x\[h mod d\]"):
+        remove_units(model, KEPT)

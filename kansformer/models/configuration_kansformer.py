@@ -20,10 +20,10 @@ logger = logging.get_logger(__name__)
 _KAN_FIELDS = ("grid_size", "spline_order", "grid_range", "base_activation", "ffn_norm")
 _FFN_FIELDS = {
     "mlp": ("hidden_act",),
-    "swiglu": ("gate_norm",),
+    "swiglu": ("gate_norm", "project_value"),
     "kan": _KAN_FIELDS,
     "kan_mix": _KAN_FIELDS,
-    "kan_gated": _KAN_FIELDS,
+    "kan_gated": (*_KAN_FIELDS, "project_value"),
 }
 
 
@@ -75,6 +75,8 @@ class KansformerConfig(PreTrainedConfig):
         ffn_norm: an RMSNorm without gain on what enters the block's last KAN layer (KAN blocks).
         hidden_act: the activation of "mlp", of the same list.
         gate_norm: an RMSNorm on the gate of "swiglu".
+        project_value: an up projection in the gated blocks, "swiglu" and "kan_gated". False: the gates multiply the
+            block's own input, repeated to the width.
 
     Raises:
         ValueError: naming the field, its value and the rule it breaks.
@@ -130,6 +132,7 @@ class KansformerConfig(PreTrainedConfig):
     ffn_norm: bool = True
     hidden_act: str = "gelu"
     gate_norm: bool = False
+    project_value: bool = True
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -180,7 +183,7 @@ class KansformerConfig(PreTrainedConfig):
         return options if self.ffn_type == "mlp" else options | {"norm_eps": self.rms_norm_eps}
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """Attention, and the feed-forward block where no norm runs across its split width.
+        """Attention, and the feed-forward block where no norm and no copies of its input run across its split width.
 
         The KAN blocks stay replicated: their rows of `spline_weight` split by input feature, which no stock style does.
         """
@@ -188,7 +191,8 @@ class KansformerConfig(PreTrainedConfig):
         plan["layers.*.self_attn.o_proj"] = "rowwise"
         if self.qk_norm:  # whole on every rank, each seeing its own heads
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-        if self.ffn_type == "mlp" or (self.ffn_type == "swiglu" and not self.gate_norm):
+        whole = self.gate_norm or not self.project_value
+        if self.ffn_type == "mlp" or (self.ffn_type == "swiglu" and not whole):
             projections = ("gate_proj", "up_proj") if self.ffn_type == "swiglu" else ("up_proj",)
             plan |= {f"layers.*.mlp.{name}": "colwise" for name in projections}
             plan["layers.*.mlp.down_proj"] = "rowwise"
