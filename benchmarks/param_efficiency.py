@@ -45,6 +45,10 @@ import yaml
 from harness import RESULTS, ROOT, environment, header, markdown, side_by_side, summary, write, write_figure, write_json
 from torch import nn
 
+sys.path.append(str(ROOT / "train"))
+from optimizer import optimizer
+from settings import Settings
+
 from kansformer import KansformerConfig, KansformerForCausalLM
 from kansformer.layers import KANLinear, feed_forward
 
@@ -69,8 +73,9 @@ def main() -> None:
     options = parser.parse_args()
     sweep = read(options.sweep)
     folder = options.runs / sweep["name"]
+    dtype = "bfloat16" if sweep["train"].get("precision") == "bf16" else "float32"
     env = environment(
-        options.device, dtype="float32", sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
+        options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     )
     print(header(env | sweep["train"]), flush=True)
 
@@ -235,15 +240,20 @@ def step_times(models: dict, settings: dict, rounds: int, device: str) -> dict[t
 
 
 def stepper(config: KansformerConfig, settings: dict, device: str):
+    """One step of a run without its loop: the optimizer, precision and compilation that the sweep's settings say."""
+    settings = Settings(**settings)
     model = KansformerForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    shape = settings["batch_size"], settings["sequence_length"]
+    update = optimizer(model, settings)
+    forward = torch.compile(model) if settings.compile else model
+    shape = settings.batch_size, settings.sequence_length
     tokens = torch.randint(config.vocab_size, shape, device=device)
 
     def step() -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        update.step()
+        update.zero_grad()
 
     return step
 

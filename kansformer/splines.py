@@ -80,7 +80,9 @@ def inverse_width(grid: Tensor, grid_size: int, dtype: torch.dtype) -> Tensor:
     return grid_size / (hi - lo)
 
 
-def basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int, derivative: bool = False) -> Tensor:
+def basis(
+    x: Tensor, grid: Tensor, grid_size: int, spline_order: int, derivative: bool = False, dim: int = -1
+) -> Tensor:
     """All splines at x, or their derivatives in x: (..., I) to (..., I, C).
 
     Closed form for orders 1 to 3, Cox-de Boor above (values only, half-open at the last outer knot).
@@ -88,16 +90,18 @@ def basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int, derivative
     Args:
         x: (..., I), any float dtype.
         grid: (2,) or (I, 2), the ends of the grid.
+        dim: -1, or -2 for (..., C, I).
     """
     if spline_order > 3 and not derivative:
-        return cox_de_boor(x, grid, grid_size, spline_order)
+        return cox_de_boor(x, grid, grid_size, spline_order).movedim(-1, dim)
     # Clamped just past the last knot, where every spline is zero: infinite x must not meet its own square.
     t = _position(x, grid, grid_size).clamp(-(spline_order + 1), grid_size + spline_order + 1)
     c = torch.arange(num_basis(grid_size, spline_order), dtype=t.dtype, device=t.device)
-    s = t.unsqueeze(-1) - (c + (1 - spline_order) / 2)
+    centres = c + (1 - spline_order) / 2
+    s = t.unsqueeze(dim) - (centres if dim == -1 else centres.unsqueeze(-1))
     if not derivative:
         return cardinal(s, spline_order)
-    return cardinal_derivative(s, spline_order) * inverse_width(grid, grid_size, t.dtype).unsqueeze(-1)
+    return cardinal_derivative(s, spline_order) * inverse_width(grid, grid_size, t.dtype).unsqueeze(dim)
 
 
 def live_basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> tuple[Tensor, Tensor]:

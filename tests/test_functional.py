@@ -223,10 +223,49 @@ def test_compiled_backward_is_one_operator():
 
     t = tensors(9, 3)
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    torch.compile(lambda x: layer(t | {"x": x}, 3), backend=backend, fullgraph=True)(t["x"]).sum().backward()
+    call = lambda x: layer(t | {"x": x}, 3, backend="torch")  # noqa: E731
+    torch.compile(call, backend=backend, fullgraph=True)(t["x"]).sum().backward()
     forward, backward = ([name for name in graph if "kansformer" in name or "mm" in name] for graph in graphs)
     assert forward == ["kansformer.kan_linear.default"]
     assert backward == ["kansformer.kan_linear_backward.default"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's way")
+@pytest.mark.parametrize("k", [1, 3])
+def test_training_compiled_on_a_cpu_is_plain_operations_that_keep_no_phi(k, monkeypatch):
+    """Equal outputs and gradients; inference, a named backend and the environment variable keep the operator."""
+    names, kept = [], []
+
+    def record(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    def compiled(**options):
+        torch._dynamo.reset()
+        names.clear()
+        call = lambda x: layer(t | {"x": x}, k, **options)  # noqa: E731
+        return torch.compile(call, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+
+    t = tensors(200, k, gated=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.numel()) or s, lambda s: s):
+        y = compiled()(t["x"])
+    assert max(kept) < t["x"].numel() * (G + k)
+    leaves = [v for v in t.values() if v.requires_grad]
+    cotangent = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, leaves, cotangent)
+    assert not [name for name in names if "kansformer" in name]
+    expected = layer(t, k)
+    assert_close(y, expected, 1e-13)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, leaves, cotangent)):
+        assert_close(ours, theirs, 1e-12)
+    with torch.no_grad():
+        compiled()(t["x"])
+    assert "kansformer.kan_linear.default" in names
+    compiled(backend="torch")(t["x"])
+    assert "kansformer.kan_linear.default" in names
+    monkeypatch.setenv("KANSFORMER_BACKEND", "torch")
+    compiled()(t["x"])
+    assert "kansformer.kan_linear.default" in names
 
 
 def test_autocast():
