@@ -15,7 +15,9 @@ One yaml declares the sweep:
 
 Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
-size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time.
+size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time. The step
+has the optimizer, precision and compilation of `train`, or with `--compiled` compilation in any case. `--retime` trains
+nothing: the losses are those of the table that stands in the output folder, whose commit is then named beside the new.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
@@ -69,14 +71,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--runs", type=Path, default=Path("runs/sweeps"), help="where runs go, and go on")
+    parser.add_argument("--compiled", action="store_true", help="time compiled steps")
+    parser.add_argument("--retime", action="store_true", help="of the table that is there: train nothing")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/NAME")
     options = parser.parse_args()
     sweep = read(options.sweep)
+    output = options.output or RESULTS / sweep["name"]
+    compiled = options.compiled or sweep["train"].get("compile", False)
     folder = options.runs / sweep["name"]
     dtype = "bfloat16" if sweep["train"].get("precision") == "bf16" else "float32"
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
-    )
+    ) | {"timed_steps": "compiled" if compiled else "eager"}
+    if options.retime:
+        cells, trained = trained_cells(sweep, output)
+        env["trained"] = trained
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -84,15 +93,15 @@ def main() -> None:
         config = configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"])
         write(folder / "configs" / f"{size}_{model}.json", config.to_json_string())
         models[size, model] = config
-    cells = run_all(sweep, folder, options.workers, options.device)
-    times = step_times(models, sweep["train"], options.rounds, options.device)
+    if not options.retime:
+        cells = run_all(sweep, folder, options.workers, options.device)
+    times = step_times(models, sweep["train"] | {"compile": compiled}, options.rounds, options.device)
     for key, cell in cells.items():
         cell |= costs(models[key], sweep["train"])
         cell["seconds"] = sweep["train"]["steps"] * times[key]["median"] / 1e3 if times else None
     result = {"environment": env, "sweep": sweep, "cells": list(cells.values()), "step_ms": list(times.values())}
     result["comparisons"] = compare(sweep, cells)
     result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
-    output = options.output or RESULTS / sweep["name"]
     text = "\n\n".join([header(env), *tables(sweep, result)])
     write(output / "table.md", text + "\n")
     write_json(output / "table.json", result)
@@ -184,6 +193,23 @@ def run_all(sweep: dict, folder: Path, workers: int, device: str) -> dict[tuple[
     return cells
 
 
+def trained_cells(sweep: dict, output: Path) -> tuple[dict[tuple[str, str], dict], str]:
+    """The cells of the table in `output`, and the commit and day at which they were trained.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it is of another sweep.
+    """
+    path = output / "table.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: without --retime the sweep is run")
+    table = json.loads(path.read_text())
+    if table["sweep"] != sweep:
+        raise ValueError(f"{path} is of another sweep than the yaml now is: without --retime it is run")
+    env = table["environment"]
+    trained = env.get("trained") or f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
+    return {(cell["size"], cell["model"]): cell for cell in table["cells"]}, trained
+
+
 def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: int, device: str, threads: int) -> dict:
     """results.json of one run, which train/train.py does, or goes on with, or has done."""
     output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
@@ -233,6 +259,7 @@ def step_times(models: dict, settings: dict, rounds: int, device: str) -> dict[t
     if rounds == 0:
         return times
     for size in dict.fromkeys(size for size, _ in models):
+        torch.compiler.reset()  # which counts the models that share a forward method, and gives up on the ninth
         steps = {model: stepper(config, settings, device) for (s, model), config in models.items() if s == size}
         for model, milliseconds in side_by_side(steps, rounds, device).items():
             times[size, model] = {"size": size, "model": model} | summary(milliseconds)

@@ -88,6 +88,15 @@ def test_a_sweep_runs_once(tmp_path):
     again = efficiency.run_all(efficiency.read(path), tmp_path / "runs" / "tiny", 2, "cpu")
     assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     assert [cell["losses"] for cell in again.values()] == [cell["losses"] for cell in result["cells"]]
+    subprocess.run([*command, "--retime"], check=True, timeout=300)
+    retimed = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [cell["losses"] for cell in retimed["cells"]] == [cell["losses"] for cell in result["cells"]]
+    assert retimed["environment"]["trained"].startswith(f"commit {result['environment']['commit']}")
+    assert retimed["step_ms"] != result["step_ms"]
+    path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
+    with pytest.raises(ValueError, match="of another sweep"):
+        efficiency.trained_cells(efficiency.read(path), tmp_path / "out")
+    path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
     with pytest.raises(ValueError, match="other settings: remove it"):
         efficiency.run_all(other, tmp_path / "runs" / "tiny", 1, "cpu")
