@@ -102,8 +102,10 @@ def main() -> None:
     result = {"environment": env, "sweep": sweep, "cells": list(cells.values()), "step_ms": list(times.values())}
     result["comparisons"] = compare(sweep, cells)
     result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
-    text = "\n\n".join([header(env), *tables(sweep, result)])
-    write(output / "table.md", text + "\n")
+    flags = [f"--{name}" for name in ("retime", "compiled") if getattr(options, name)]
+    result["command"] = " ".join(["python benchmarks/param_efficiency.py", str(options.sweep), *flags])
+    text = page(sweep, result)
+    write(output / "table.md", text)
     write_json(output / "table.json", result)
     draw(result, output / "efficiency.png")
     print("\n" + text)
@@ -341,6 +343,20 @@ def interpolate(points: list[tuple[float, float]], x: float) -> float:
     pairs = list(itertools.pairwise(points))
     (x0, y0), (x1, y1) = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def page(sweep: dict, result: dict) -> str:
+    """table.md: what it is, where it was made, the tables, the picture."""
+    words = f"Every model of `{sweep['name']}` has the parameters of `{sweep['reference']}` of its size"
+    for name, model in sweep["models"].items():
+        if model.get("match") == "weights_read":
+            words += f", but `{name}` the width at which a decoded token reads as many weights"
+    parts = ["# Blocks at equal parameters, and at equal weights read", f"`{result['command']}`", words + "."]
+    if trained := result["environment"].get("trained"):
+        parts.append(f"Losses were trained at {trained}; the steps are timed at the commit below.")
+    parts += [header(result["environment"]), *tables(sweep, result)]
+    parts.append("![Loss against parameters, FLOPs, seconds and weights read](efficiency.png)")
+    return "\n\n".join(parts) + "\n"
 
 
 def tables(sweep: dict, result: dict) -> list[str]:
