@@ -11,6 +11,7 @@ One yaml declares the sweep:
               `match: weights_read` that at which a decoded token reads as many weights as in the reference
     reference, baselines    models that the others are compared with
     learning_rates    each model of each size takes its own best, by the first seed
+    note      what must stand beside its figures, if anything
     seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's order
 
 Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
@@ -120,7 +121,7 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the sweeps of this repository are in configs/sweeps")
     sweep = yaml.safe_load(path.read_text())
-    if not isinstance(sweep, dict) or set(sweep) != KEYS:
+    if not isinstance(sweep, dict) or set(sweep) - {"note"} != KEYS:
         raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, not {sorted(sweep or ())}")
     for key in ("sizes", "models", "learning_rates", "seeds"):
         if not sweep[key]:
@@ -205,7 +206,7 @@ def trained_cells(sweep: dict, output: Path) -> tuple[dict[tuple[str, str], dict
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: without --retime the sweep is run")
     table = json.loads(path.read_text())
-    if table["sweep"] != sweep:
+    if any(table["sweep"][key] != sweep[key] for key in KEYS):
         raise ValueError(f"{path} is of another sweep than the yaml now is: without --retime it is run")
     env = table["environment"]
     trained = env.get("trained") or f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
@@ -352,6 +353,7 @@ def page(sweep: dict, result: dict) -> str:
         if model.get("match") == "weights_read":
             words += f", but `{name}` the width at which a decoded token reads as many weights"
     parts = ["# Blocks at equal parameters, and at equal weights read", f"`{result['command']}`", words + "."]
+    parts += [sweep["note"]] if "note" in sweep else []
     if trained := result["environment"].get("trained"):
         parts.append(f"Losses were trained at {trained}; the steps are timed at the commit below.")
     parts += [header(result["environment"]), *tables(sweep, result)]
