@@ -3,7 +3,8 @@
     python benchmarks/bench_models.py                                        # CPU, float32
     python benchmarks/bench_models.py --device cuda --models small_30m 125m 350m 1b --sequence_length 1024
 
-One training step is forward, backward and AdamW. The models of a pair (configs/models/) take turns, and so do the two
+One training step is forward, backward and AdamW; `--compiled` times it under torch.compile too, against a compiled
+SwiGLU. The models of a pair (configs/models/) take turns, and so do the two
 blocks at every point of the scaling table: there one of width, depth, tokens and G changes and the rest stays at the
 tiny model's, both blocks at equal parameters, the KAN block's time over SwiGLU's beside the time itself.
 Saved for backward counts each storage once and no parameter. Random weights: speed does not depend on them.
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compiled", action="store_true", help="compiled steps of the pairs, too")
     parser.add_argument("--growth", nargs="*", choices=GROWTH, default=list(GROWTH))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for models_<device>.{json,md}")
     options = parser.parse_args()
@@ -63,7 +65,8 @@ def main() -> None:
         result["growth"] += [point(axis, change, dtype, options) for change in GROWTH[axis]]
     text = "\n\n".join([header(env), *tables(result)])
     name = options.output / f"models_{options.device}"
-    write(name.with_suffix(".md"), f"# Whole models\n\n`python benchmarks/bench_models.py`\n\n{text}\n")
+    flags = " --compiled" if options.compiled else ""
+    write(name.with_suffix(".md"), f"# Whole models\n\n`python benchmarks/bench_models.py{flags}`\n\n{text}\n")
     write_json(name.with_suffix(".json"), result)
     print("\n" + text)
 
@@ -72,7 +75,8 @@ def pair(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dic
     configs = {}
     for kind in KINDS:
         configs[kind] = AutoConfig.from_pretrained(ROOT / "configs" / "models" / f"{name}_{kind}.json")
-    return compare(configs, options.batch_size, options.sequence_length, dtype, options, {"pair": name})
+    shape = options.batch_size, options.sequence_length
+    return compare(configs, *shape, dtype, options, {"pair": name}, options.compiled)
 
 
 def point(axis: str, change: dict, dtype: torch.dtype, options: argparse.Namespace) -> dict:
@@ -95,7 +99,13 @@ def exact_width(kind: str, fields: dict) -> dict:
 
 
 def compare(
-    configs: dict, batch: int, length: int, dtype: torch.dtype, options: argparse.Namespace, where: dict
+    configs: dict,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    options: argparse.Namespace,
+    where: dict,
+    compiled: bool = False,
 ) -> list:
     built, rows = {}, []
     tokens = torch.randint(configs["swiglu"].vocab_size, (batch, length), device=options.device)
@@ -103,12 +113,17 @@ def compare(
         with default_dtype(dtype):
             built[kind] = AutoModelForCausalLM.from_config(config).to(options.device)
     steps = {kind: step(model, tokens) for kind, model in built.items()}
+    if compiled:
+        torch.compiler.reset()
+        steps |= {f"{kind} compiled": step(torch.compile(model), tokens) for kind, model in built.items()}
     times = side_by_side(steps, options.rounds, options.device)
     for kind, model in built.items():
         with saved_bytes(model) as kept:
             model(input_ids=tokens, labels=tokens, use_cache=False)
         row = where | {"kind": kind, "parameters": model.num_parameters(), "ms": summary(times[kind])}
         row["tokens_per_second"] = 1e3 * batch * length / row["ms"]["median"]
+        row["compiled_ms"] = summary(times[f"{kind} compiled"]) if compiled else None
+        row["compiled_ratio"] = ratio(times[f"{kind} compiled"], times["swiglu compiled"]) if compiled else None
         rows.append(row | {"ratio": ratio(times[kind], times["swiglu"]), "saved_bytes": sum(kept)})
     return rows
 
@@ -130,10 +145,13 @@ def tables(result: dict) -> list[str]:
         rows = []
         for row in result["models"]:
             served = row["served"]
-            training = [f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}x", f"{row['saved_bytes'] / 1e6:,.0f}"]
+            compiled = "-" if row["compiled_ratio"] is None else f"{row['compiled_ratio']:.2f}x"
+            training = [f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}x", compiled]
+            training.append(f"{row['saved_bytes'] / 1e6:,.0f}")
             serving = [f"{served['prefill_ratio']:.2f}x", f"{served['ms']['median']:.3g}", f"{served['ratio']:.2f}x"]
             rows.append([f"{row['pair']} {row['kind']}", f"{row['parameters']:,}", *training, *serving])
-        columns = ["model", "parameters", "training tokens/s", "step vs SwiGLU", "saved for backward, MB"]
+        columns = ["model", "parameters", "training tokens/s", "step vs SwiGLU", "both compiled"]
+        columns += ["saved for backward, MB"]
         columns += ["prefill of 512 vs SwiGLU", "ms a decoded token", "vs SwiGLU"]
         found.append("Equal parameters:\n\n" + markdown(columns, rows))
     if result["growth"]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,11 +76,14 @@ def test_bench_decode(tmp_path):
 
 def test_bench_models(tmp_path):
     small = ["--models", "tiny", "--rounds", "1", "--batch_size", "1", "--sequence_length", "16", "--growth", "G"]
-    run("bench_models.py", *small, "--output", str(tmp_path))
+    compiled = ["--compiled"] if shutil.which("g++") else []
+    run("bench_models.py", *small, *compiled, "--output", str(tmp_path))
     result = json.loads((tmp_path / "models_cpu.json").read_text())
     assert str(result["environment"]["commit"]) in (tmp_path / "models_cpu.md").read_text()
     swiglu, kan = result["models"]
     assert swiglu["ratio"] == 1
+    assert swiglu["compiled_ratio"] == (1 if compiled else None)
+    assert (kan["compiled_ms"] is not None) == bool(compiled)
     assert kan["parameters"] == pytest.approx(swiglu["parameters"], rel=0.02)
     assert kan["saved_bytes"] > 0
     sizes = [row["parameters"] for row in result["growth"]]  # G grows, the parameters stay
