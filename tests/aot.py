@@ -112,6 +112,7 @@ def launches(case: "Case", capability: int) -> list[Launch]:
     C = case.grid_size + case.spline_order
     dtype = getattr(torch, case.dtype)
     triton_kan._device_properties = lambda index: (capability, 132)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     settings = (case.grid_size, case.spline_order, "silu")
     weight = torch.empty(INPUTS * C, OUTPUTS, dtype=dtype, device="meta")
     base = torch.empty(OUTPUTS, INPUTS, dtype=dtype, device="meta") if case.base else None
@@ -142,6 +143,7 @@ class Case:
     gate: bool
     base: bool
     rows: tuple[int, ...] = (16, 4096)
+    tf32: bool = False
 
 
 INPUTS, OUTPUTS = 1024, 2048

@@ -332,7 +332,7 @@ def test_offsets_beyond_32_bits():
 
 # What the compiler makes of the kernels, for GPUs that need not be there.
 
-Case = collections.namedtuple("Case", "dtype spline_order grid_size gate base rows")
+Case = collections.namedtuple("Case", "dtype spline_order grid_size gate base rows tf32", defaults=[False])
 TRAINING, ALL = (4096,), (16, 4096)
 CASES = [
     Case("bfloat16", 1, 3, True, False, ALL),  # kan_gated, C = 4
@@ -341,6 +341,7 @@ CASES = [
     Case("bfloat16", 2, 3, False, False, TRAINING),
     Case("float16", 1, 7, False, True, TRAINING),
     Case("float32", 3, 5, False, True, TRAINING),
+    Case("float32", 1, 3, True, False, TRAINING, tf32=True),
 ]
 MANY_CASES = [
     Case(dtype, k, G, gate, base, ALL)
@@ -378,14 +379,15 @@ def check_compiled(capability: int, kernels: list[dict]) -> None:
         assert kernel["shared"] <= SHARED_KIB[capability] * 1024, kernel
         assert kernel["stack"] <= SPILLED_BYTES, f"spills registers: {kernel}"
         product = kernel["kernel"] in ("_kan_fwd_kernel", "_kan_bwd_x_kernel", "_kan_bwd_w_kernel")
-        if capability == 90 and product and kernel["case"]["dtype"] != "float32" and kernel["tile"]["BLOCK_M"] >= 64:
+        tensor_cores = kernel["case"]["dtype"] != "float32" or kernel["case"]["tf32"]
+        if capability == 90 and product and tensor_cores and kernel["tile"]["BLOCK_M"] >= 64:
             assert kernel["wgmma"] > 0, kernel
             assert not kernel["serialized"], f"products wait for each other: {kernel}"
 
 
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_compiles_ahead_of_time(capability, tmp_path):
-    cases = CASES if capability == 90 else CASES[:2]
+    cases = CASES if capability == 90 else [*CASES[:2], CASES[-1]]
     check_compiled(capability, compiled(capability, cases, tmp_path))
 
 

@@ -41,20 +41,38 @@ def split_count(tiles: int, reduction: int, sms: int, least: int = 512) -> int:
 
 
 def choose(
-    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, based: bool, capability: int
+    kernel: str,
+    M: int,
+    I: int,
+    O: int,
+    C: int,
+    dtype: torch.dtype,
+    gated: bool,
+    based: bool,
+    capability: int,
+    tf32: bool = False,
 ) -> Config:
     """The configuration of "forward", "backward_x" or "backward_w".
 
     Chosen by what the compiler made of it and not by a sweep: no spilled registers in any case of
     tests/test_kernels.py, and on sm_90 products that stay in flight while the next splines are evaluated.
     """
-    return candidate_configs(kernel, M, I, O, C, dtype, gated, based, capability)[0]
+    return candidate_configs(kernel, M, I, O, C, dtype, gated, based, capability, tf32)[0]
 
 
 def candidate_configs(
-    kernel: str, M: int, I: int, O: int, C: int, dtype: torch.dtype, gated: bool, based: bool, capability: int
+    kernel: str,
+    M: int,
+    I: int,
+    O: int,
+    C: int,
+    dtype: torch.dtype,
+    gated: bool,
+    based: bool,
+    capability: int,
+    tf32: bool = False,
 ) -> list[Config]:
-    """Configurations worth timing, the shipped one first."""
+    """Configurations worth timing, the shipped one first. `tf32`: how float32 products run, on tensor cores or not."""
     block_c = function_block(C)
     if dtype == torch.float32:
         tiles = {
@@ -65,7 +83,8 @@ def candidate_configs(
             ],
             "backward_w": [Config(32, 64, 64, 4, 2), Config(32, 128, 128, 8, 2)],
         }
-        return tiles[kernel]
+        # Narrower tiles have no warpgroup products on sm_90; on sm_100 dx spills in the wide ones.
+        return tiles[kernel][::-1] if tf32 and M > 64 and capability // 10 == 9 else tiles[kernel]
     # Tiles 256 wide need the registers that warpgroup products leave free and the shared memory of a data-centre part.
     wide = capability // 10 in (9, 10)
     if kernel == "forward":

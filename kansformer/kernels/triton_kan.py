@@ -338,8 +338,9 @@ def forward(
         return y.zero_()
     capability, sms = _device_properties(x.device.index)
     config = config or choose(
-        "forward", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability
-    )
+        "forward", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability,
+        precision(spline_weight.dtype) == "tf32",
+    )  # fmt: skip
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(O, config.BLOCK_O)
     blocks = triton.cdiv(I, config.BLOCK_I)
     per_split = triton.cdiv(blocks, split_count(tiles, I * C, sms))
@@ -427,8 +428,9 @@ def backward_x(
         return dx.zero_(), None if gate is None else dgate.zero_()
     capability, _ = _device_properties(x.device.index)
     config = config or choose(
-        "backward_x", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability
-    )
+        "backward_x", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability,
+        precision(spline_weight.dtype) == "tf32",
+    )  # fmt: skip
     grid, weight, base = _ranges(grid), spline_weight.contiguous(), _contiguous(base_weight)
     with torch.cuda.device_of(x):
         _kan_bwd_x_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(I, config.BLOCK_I),)](
@@ -468,7 +470,9 @@ def backward_w(
             out.zero_()
         return dweight, dbase
     capability, sms = _device_properties(x.device.index)
-    config = config or choose("backward_w", M, I, O, C, dtype, gate is not None, needs_base, capability)
+    config = config or choose(
+        "backward_w", M, I, O, C, dtype, gate is not None, needs_base, capability, precision(dtype) == "tf32"
+    )
     functions = C * needs_weight + needs_base
     programs = functions * triton.cdiv(I, config.BLOCK_I) * triton.cdiv(O, config.BLOCK_O)
     per_split = _round_up(triton.cdiv(M, split_count(programs, M, sms)), config.BLOCK_M)
