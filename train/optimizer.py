@@ -92,8 +92,10 @@ class Muon(torch.optim.AdamW):
         return super().step()
 
     def _update(self, parameter: Tensor, group: dict, keep: Tensor) -> None:
-        buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        weight, momentum, gradient = map(_local, (parameter, buffer, parameter.grad))
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        weight, momentum, gradient = map(_local, (parameter, state["momentum_buffer"], parameter.grad))
         momentum.lerp_(torch.where(keep > 0, momentum, gradient), 1 - self.momentum)
         direction = torch.where(keep > 0, momentum, gradient).lerp(momentum, self.momentum)
         if isinstance(parameter, DTensor):
