@@ -9,8 +9,9 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
+# A worker a core and a thread a worker: most tests are small operations, which do not divide. Plain pytest runs them too.
 test: $(VENV)/.installed versions lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
