@@ -6,9 +6,10 @@ One yaml declares the sweep:
 
     name      of its folder in benchmarks/results/
     train     settings of train/train.py that all runs share
-    sizes     name: fields of KansformerConfig that make a size
-    models    name: fields of KansformerConfig that make a block, which gets the width of equal parameters; with
-              `match: weights_read` that at which a decoded token reads as many weights as in the reference
+    sizes     name: fields of KansformerConfig that make a size; an intermediate_size is the reference's
+    models    name: fields of KansformerConfig that make a block, which gets the width of the reference's parameters;
+              with `match: weights_read` that at which a decoded token reads as many weights as in the reference; with
+              `match: NAME` that of the parameters of the model NAME, which stands before it
     reference, baselines    models that the others are compared with
     learning_rates    each model of each size takes its own best, by the first seed
     note      what must stand beside its figures, if anything
@@ -17,8 +18,8 @@ One yaml declares the sweep:
 Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
 size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time. The step
-has the optimizer, precision and compilation of `train`, or with `--compiled` compilation in any case. `--retime` trains
-nothing: the losses are those of the table that stands in the output folder, whose commit is then named beside the new.
+has the optimizer, precision and compilation of `train`, or with `--compiled` compilation in any case. `--keep` trains
+only what the table in the output folder lacks: losses of the same runs stay, with the commit they were trained at.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
@@ -56,6 +57,7 @@ from kansformer import KansformerConfig, KansformerForCausalLM
 from kansformer.layers import KANLinear, feed_forward
 
 AXES = {
+    "parameters": "parameters in all",
     "feed_forward": "feed-forward parameters",
     "flops": "training FLOPs",
     "seconds": "seconds of training",
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--runs", type=Path, default=Path("runs/sweeps"), help="where runs go, and go on")
     parser.add_argument("--compiled", action="store_true", help="time compiled steps")
-    parser.add_argument("--retime", action="store_true", help="of the table that is there: train nothing")
+    parser.add_argument("--keep", action="store_true", help="losses of the table that is there: train what it lacks")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/NAME")
     options = parser.parse_args()
     sweep = read(options.sweep)
@@ -84,9 +86,7 @@ def main() -> None:
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     ) | {"timed_steps": "compiled" if compiled else "eager"}
-    if options.retime:
-        cells, trained = trained_cells(sweep, output)
-        env["trained"] = trained
+    cells = trained_cells(sweep, output) if options.keep else {}
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -94,8 +94,8 @@ def main() -> None:
         config = configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"])
         write(folder / "configs" / f"{size}_{model}.json", config.to_json_string())
         models[size, model] = config
-    if not options.retime:
-        cells = run_all(sweep, folder, options.workers, options.device)
+    made = f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
+    cells = run_all(sweep, folder, options.workers, options.device, cells, made)
     times = step_times(models, sweep["train"] | {"compile": compiled}, options.rounds, options.device)
     for key, cell in cells.items():
         cell |= costs(models[key], sweep["train"])
@@ -103,7 +103,7 @@ def main() -> None:
     result = {"environment": env, "sweep": sweep, "cells": list(cells.values()), "step_ms": list(times.values())}
     result["comparisons"] = compare(sweep, cells)
     result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
-    flags = [f"--{name}" for name in ("retime", "compiled") if getattr(options, name)]
+    flags = [f"--{name}" for name in ("keep", "compiled") if getattr(options, name)]
     result["command"] = " ".join(["python benchmarks/param_efficiency.py", str(options.sweep), *flags])
     text = page(sweep, result)
     write(output / "table.md", text)
@@ -150,28 +150,36 @@ MATCHED = {"params": lambda module: sum(p.numel() for p in module.parameters()),
 
 
 def configuration(size: dict, model: dict, reference: str, models: dict) -> KansformerConfig:
-    """The configuration of one cell, matched to the reference to the next 4 units."""
+    """The configuration of one cell, matched to the reference, or to another model, to the next 4 units."""
     fields = size | model
     matched = fields.pop("match", "params")
-    if matched not in MATCHED:
-        raise ValueError(f"match is {matched!r}; choose {' or '.join(MATCHED)}")
-    target = KansformerConfig(**(size | models[reference]))
-    if "intermediate_size" in fields or model == models[reference]:
+    before = list(models)[: list(models.values()).index(model)]
+    if matched not in (*MATCHED, *before):
+        raise ValueError(f"match is {matched!r}; choose {', '.join(MATCHED)} or a model that stands before it")
+    if "intermediate_size" in model or model == models[reference]:
         return KansformerConfig(**fields)
+    target = configuration(size, models[matched if matched in before else reference], reference, models)
+    matched = "params" if matched in before else matched
 
     def cost(config: KansformerConfig, width: int) -> float:
         options = (config.ffn_type, config.hidden_size, width)
         return MATCHED[matched](feed_forward(*options, device="meta", **config.ffn_options))
 
-    config, goal = KansformerConfig(**fields, intermediate_size=4), cost(target, target.intermediate_size)
+    config, goal = KansformerConfig(**fields | {"intermediate_size": 4}), cost(target, target.intermediate_size)
     one, two = cost(config, 4), cost(config, 8)  # the cost is linear in the width
     config.intermediate_size = 4 * max(1, round(1 + (goal - one) / (two - one)))
     return config
 
 
-def run_all(sweep: dict, folder: Path, workers: int, device: str) -> dict[tuple[str, str], dict]:
-    """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed."""
-    keys = list(itertools.product(sweep["sizes"], sweep["models"]))
+def run_all(
+    sweep: dict, folder: Path, workers: int, device: str, kept: dict | None = None, made: str = ""
+) -> dict[tuple[str, str], dict]:
+    """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed.
+
+    Cells that are `kept` are not run; the others are `made` at a commit.
+    """
+    every = list(itertools.product(sweep["sizes"], sweep["models"]))
+    keys = [key for key in every if key not in (kept or {})]
     first, *others = sweep["seeds"]
     results: dict[tuple, dict] = {}
 
@@ -186,31 +194,50 @@ def run_all(sweep: dict, folder: Path, workers: int, device: str) -> dict[tuple[
         best = {key: min(sweep["learning_rates"], key=lambda r: results[(*key, r, first)]["val_loss"]) for key in keys}
         list(pool.map(run, [(*key, best[key], seed) for key in reversed(keys) for seed in others]))
     cells = {}
-    for size, model in keys:
+    for size, model in every:
+        if (size, model) not in best:
+            cells[size, model] = kept[size, model]
+            continue
         rate = best[size, model]
         runs = [results[size, model, rate, seed] for seed in sweep["seeds"]]
         searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
-        cells[size, model] = {"size": size, "model": model, "learning_rate": rate, "searched": searched}
+        cells[size, model] = {
+            "size": size,
+            "model": model,
+            "learning_rate": rate,
+            "searched": searched,
+            "trained": made,
+        }
         cells[size, model] |= {"losses": [r["val_loss"] for r in runs]}
         cells[size, model] |= {"bits_per_byte": [r["val_bits_per_byte"] for r in runs]}
     return cells
 
 
-def trained_cells(sweep: dict, output: Path) -> tuple[dict[tuple[str, str], dict], str]:
-    """The cells of the table in `output`, and the commit and day at which they were trained.
+def trained_cells(sweep: dict, output: Path) -> dict[tuple[str, str], dict]:
+    """The cells of the table in `output` that are the sweep's: same size, block, reference, text, rates and seeds.
 
     Raises:
         FileNotFoundError, ValueError: if there is none, or it is of another sweep.
     """
     path = output / "table.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: without --retime the sweep is run")
+        raise FileNotFoundError(f"{path} does not exist: without --keep the sweep is run")
     table = json.loads(path.read_text())
-    if any(table["sweep"][key] != sweep[key] for key in KEYS):
-        raise ValueError(f"{path} is of another sweep than the yaml now is: without --retime it is run")
-    env = table["environment"]
-    trained = env.get("trained") or f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
-    return {(cell["size"], cell["model"]): cell for cell in table["cells"]}, trained
+    if any(table["sweep"][key] != sweep[key] for key in ("train", "reference", "learning_rates", "seeds")):
+        raise ValueError(f"{path} is of another sweep than the yaml now is: without --keep it is run")
+    env, old = table["environment"], table["sweep"]
+    made = env.get("trained") or f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
+
+    def block(of: dict, size: str, model: str) -> KansformerConfig:
+        return configuration(of["sizes"][size], of["models"][model], of["reference"], of["models"])
+
+    found = {}
+    for cell in table["cells"]:
+        key = cell["size"], cell["model"]
+        known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
+        if known and block(sweep, *key).to_dict() == block(old, *key).to_dict():
+            found[key] = {"trained": made} | cell
+    return found
 
 
 def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: int, device: str, threads: int) -> dict:
@@ -350,12 +377,19 @@ def page(sweep: dict, result: dict) -> str:
     """table.md: what it is, where it was made, the tables, the picture."""
     words = f"Every model of `{sweep['name']}` has the parameters of `{sweep['reference']}` of its size"
     for name, model in sweep["models"].items():
-        if model.get("match") == "weights_read":
+        matched = model.get("match", "params")
+        if matched == "weights_read":
             words += f", but `{name}` the width at which a decoded token reads as many weights"
+        elif matched != "params":
+            words += f", and `{name}` the parameters of `{matched}`"
     parts = ["# Blocks at equal parameters, and at equal weights read", f"`{result['command']}`", words + "."]
     parts += [sweep["note"]] if "note" in sweep else []
-    if trained := result["environment"].get("trained"):
-        parts.append(f"Losses were trained at {trained}; the steps are timed at the commit below.")
+    trained: dict[str, list] = {}
+    for cell in result["cells"]:
+        trained.setdefault(cell["trained"], []).append(f"{cell['model']} {cell['size']}")
+    if result["command"].find("--keep") > 0:
+        made = "; ".join(f"those of {', '.join(names)} at {when}" for when, names in list(trained.items())[1:])
+        parts.append(f"Losses were trained at {next(iter(trained))}{'; ' if made else ''}{made}. Steps are timed at:")
     parts += [header(result["environment"]), *tables(sweep, result)]
     parts.append("![Loss against parameters, FLOPs, seconds and weights read](efficiency.png)")
     return "\n\n".join(parts) + "\n"

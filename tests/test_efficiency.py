@@ -39,6 +39,7 @@ def test_cells_cost_what_the_reference_costs():
         "kan_mix": {"ffn_type": "kan_mix"},
         "kan_gated": {"ffn_type": "kan_gated"},
         "read": {"ffn_type": "kan_gated", "grid_size": 7, "match": "weights_read"},
+        "wide": {"ffn_type": "swiglu", "match": "read"},
     }
     settings = {"steps": 10, "batch_size": 4, "sequence_length": 32}
     costs = {
@@ -49,9 +50,13 @@ def test_cells_cost_what_the_reference_costs():
         assert costs[name]["feed_forward"] == pytest.approx(costs["swiglu"]["feed_forward"], rel=0.01)
     assert costs["read"]["weights_read"] == pytest.approx(costs["swiglu"]["weights_read"], rel=0.01)
     assert costs["read"]["feed_forward"] == pytest.approx(2.5 * costs["swiglu"]["feed_forward"], rel=0.02)  # 10/4 of it
+    assert costs["wide"]["parameters"] == pytest.approx(costs["read"]["parameters"], rel=0.01)
     # k = 1, C = 4: 2 of 4 coefficients and the two projections are read, 4 of 6 weights
     unread = costs["kan_gated"]["parameters"] - costs["kan_gated"]["weights_read"]
     assert unread == pytest.approx(costs["kan_gated"]["feed_forward"] * 2 / 6)
+    wide = [efficiency.configuration(size | {"intermediate_size": 1000}, models[m], "swiglu", models) for m in models]
+    assert wide[0].intermediate_size == 1000
+    assert wide[3].intermediate_size == 500  # (2 + C) d h
 
 
 def test_ratio_is_what_was_put_in():
@@ -88,18 +93,28 @@ def test_a_sweep_runs_once(tmp_path):
     again = efficiency.run_all(efficiency.read(path), tmp_path / "runs" / "tiny", 2, "cpu")
     assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     assert [cell["losses"] for cell in again.values()] == [cell["losses"] for cell in result["cells"]]
-    subprocess.run([*command, "--retime"], check=True, timeout=300)
-    retimed = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [cell["losses"] for cell in retimed["cells"]] == [cell["losses"] for cell in result["cells"]]
-    assert retimed["environment"]["trained"].startswith(f"commit {result['environment']['commit']}")
-    assert retimed["step_ms"] != result["step_ms"]
+    more = text | {"models": text["models"] | {"wider": {"ffn_type": "swiglu", "intermediate_size": 64}}}
+    path.write_text(yaml.safe_dump(more))
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    subprocess.run([*command, "--keep"], check=True, timeout=300)
+    assert len(list((tmp_path / "runs").rglob("results.json"))) == 2  # the new model at both sizes
+    kept = json.loads((tmp_path / "out" / "table.json").read_text())
+    losses = {(cell["size"], cell["model"]): cell["losses"] for cell in kept["cells"]}
+    assert len(losses) == 6
+    assert all(losses[cell["size"], cell["model"]] == cell["losses"] for cell in result["cells"])
+    assert all(cell["trained"].startswith(f"commit {result['environment']['commit']}") for cell in kept["cells"])
+    assert kept["step_ms"][:2] != result["step_ms"][:2]
+    (tmp_path / "elsewhere").rename(tmp_path / "runs" / "before")
+    changed = efficiency.read(path)
+    changed["models"]["kan_gated"] = {"ffn_type": "kan_gated", "grid_size": 5}
+    assert set(efficiency.trained_cells(changed, tmp_path / "out")) == {key for key in losses if key[1] != "kan_gated"}
     path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
     with pytest.raises(ValueError, match="of another sweep"):
         efficiency.trained_cells(efficiency.read(path), tmp_path / "out")
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
     with pytest.raises(ValueError, match="other settings: remove it"):
-        efficiency.run_all(other, tmp_path / "runs" / "tiny", 1, "cpu")
+        efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu")
 
 
 @pytest.mark.parametrize(
