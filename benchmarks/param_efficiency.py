@@ -19,15 +19,17 @@ Finished runs are not repeated and killed ones go on, so the same command extend
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
 size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time. The step
 has the optimizer, precision and compilation of `train`, or with `--compiled` compilation in any case. `--keep` trains
-only what the table in the output folder lacks: losses of the same runs stay, with the commit they were trained at.
+only what the table in the output folder lacks: losses of the same runs stay, with the commit they were trained at; with
+`--rounds 0` the times stay too.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
 
     ratio = exp((L(x) - loss) / s),    s = -dL / dlog x
 
-at every size; the geometric mean over sizes, and 95% of 2,000 resamples of the seeds of both. Beyond the baseline's
-sizes its end segments are continued, so ratios of models that have much more than it are the less certain ones.
+at every size; the geometric mean over sizes, and 95% of 2,000 resamples of the seeds of both. A baseline's size that
+another one of no greater x beats is left out of L: where sizes differ in how they spend parameters, it has its best.
+Beyond its sizes the end segments are continued: ratios of models that have much more than it are the less certain ones.
 """
 
 import argparse
@@ -86,7 +88,8 @@ def main() -> None:
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     ) | {"timed_steps": "compiled" if compiled else "eager"}
-    cells = trained_cells(sweep, output) if options.keep else {}
+    table = table_of(sweep, output) if options.keep else None
+    cells = trained_cells(sweep, table) if options.keep else {}
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -96,7 +99,12 @@ def main() -> None:
         models[size, model] = config
     made = f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
     cells = run_all(sweep, folder, options.workers, options.device, cells, made)
-    times = step_times(models, sweep["train"] | {"compile": compiled}, options.rounds, options.device)
+    if options.keep and options.rounds == 0:
+        times, env = {(line["size"], line["model"]): line for line in table["step_ms"]}, table["environment"]
+        if untimed := {f"{model} {size}" for size, model in models} - {f"{model} {size}" for size, model in times}:
+            raise ValueError(f"the table has no times of {', '.join(sorted(untimed))}: give --rounds")
+    else:
+        times = step_times(models, sweep["train"] | {"compile": compiled}, options.rounds, options.device)
     for key, cell in cells.items():
         cell |= costs(models[key], sweep["train"])
         cell["seconds"] = sweep["train"]["steps"] * times[key]["median"] / 1e3 if times else None
@@ -104,6 +112,7 @@ def main() -> None:
     result["comparisons"] = compare(sweep, cells)
     result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
     flags = [f"--{name}" for name in ("keep", "compiled") if getattr(options, name)]
+    flags += ["--rounds 0"] * (options.rounds == 0)
     result["command"] = " ".join(["python benchmarks/param_efficiency.py", str(options.sweep), *flags])
     text = page(sweep, result)
     write(output / "table.md", text)
@@ -201,23 +210,17 @@ def run_all(
         rate = best[size, model]
         runs = [results[size, model, rate, seed] for seed in sweep["seeds"]]
         searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
-        cells[size, model] = {
-            "size": size,
-            "model": model,
-            "learning_rate": rate,
-            "searched": searched,
-            "trained": made,
-        }
-        cells[size, model] |= {"losses": [r["val_loss"] for r in runs]}
+        cells[size, model] = {"size": size, "model": model, "trained": made, "learning_rate": rate}
+        cells[size, model] |= {"searched": searched, "losses": [r["val_loss"] for r in runs]}
         cells[size, model] |= {"bits_per_byte": [r["val_bits_per_byte"] for r in runs]}
     return cells
 
 
-def trained_cells(sweep: dict, output: Path) -> dict[tuple[str, str], dict]:
-    """The cells of the table in `output` that are the sweep's: same size, block, reference, text, rates and seeds.
+def table_of(sweep: dict, output: Path) -> dict:
+    """table.json in `output`.
 
     Raises:
-        FileNotFoundError, ValueError: if there is none, or it is of another sweep.
+        FileNotFoundError, ValueError: if there is none, or its runs are not the sweep's.
     """
     path = output / "table.json"
     if not path.is_file():
@@ -225,6 +228,11 @@ def trained_cells(sweep: dict, output: Path) -> dict[tuple[str, str], dict]:
     table = json.loads(path.read_text())
     if any(table["sweep"][key] != sweep[key] for key in ("train", "reference", "learning_rates", "seeds")):
         raise ValueError(f"{path} is of another sweep than the yaml now is: without --keep it is run")
+    return table
+
+
+def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
+    """The cells of a table whose configurations are the sweep's."""
     env, old = table["environment"], table["sweep"]
     made = env.get("trained") or f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
 
@@ -352,18 +360,26 @@ def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[fl
 
     def mean(points: Points, resample: bool) -> list[tuple[float, float]]:
         draw = (lambda losses: chance.choices(losses, k=len(losses))) if resample else (lambda losses: losses)
-        return sorted((math.log(x), statistics.fmean(draw(losses))) for x, losses in points)
+        return [(math.log(x), statistics.fmean(draw(losses))) for x, losses in points]
 
     def once(resample: bool = False) -> tuple[list[float], float]:
-        ours, theirs = mean(model, resample), mean(baseline, resample)
+        ours, theirs = mean(model, resample), frontier(sorted(mean(baseline, resample)))
+        if len(theirs) < 2:
+            return [], math.nan
         slope = -statistics.linear_regression(*zip(*theirs)).slope
         differences = [loss - interpolate(theirs, x) for x, loss in ours]
         ratio = math.exp(-statistics.fmean(differences) / slope) if slope > 0 else math.nan
         return differences, ratio
 
     differences, ratio = once()
-    ratios = sorted(once(resample=True)[1] for _ in range(RESAMPLES))
-    return differences, ratio, (ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)])
+    ratios = sorted(r for r in (once(resample=True)[1] for _ in range(RESAMPLES)) if not math.isnan(r)) or [math.nan]
+    return differences, ratio, (ratios[int(0.025 * len(ratios))], ratios[int(0.975 * len(ratios))])
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of sorted points that are lower than all before them."""
+    lowest = list(itertools.accumulate((y for _, y in points), min))
+    return [point for point, before in zip(points, [math.inf, *lowest]) if point[1] < before]
 
 
 def interpolate(points: list[tuple[float, float]], x: float) -> float:

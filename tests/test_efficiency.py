@@ -73,6 +73,10 @@ def test_ratio_is_what_was_put_in():
     assert ratio == pytest.approx(0.8)
     assert low < ratio < high < 1
     assert math.isnan(efficiency.match(points([1, 2], 1.0), [(1, [2.0]), (2, [3.0])])[1])  # more gives a higher loss
+    differences = efficiency.match([*points([90], 1.3), *points([10], 1.0)], points([10, 30, 90], 1.0))[0]
+    assert differences == pytest.approx([-0.2 * math.log(1.3), 0], abs=1e-12)  # in the model's order
+    spent_badly = [*points([10, 30, 90], 1.0), *points([31, 91], 0.1)]
+    assert efficiency.match(points([20, 60], 1.3), spent_badly)[1] == pytest.approx(1.3)
 
 
 def test_a_sweep_runs_once(tmp_path):
@@ -107,10 +111,12 @@ def test_a_sweep_runs_once(tmp_path):
     (tmp_path / "elsewhere").rename(tmp_path / "runs" / "before")
     changed = efficiency.read(path)
     changed["models"]["kan_gated"] = {"ffn_type": "kan_gated", "grid_size": 5}
-    assert set(efficiency.trained_cells(changed, tmp_path / "out")) == {key for key in losses if key[1] != "kan_gated"}
+    assert set(efficiency.trained_cells(changed, kept)) == {key for key in losses if key[1] != "kan_gated"}
+    subprocess.run([*command[:-1], "0", "--keep"], check=True, timeout=300)
+    assert json.loads((tmp_path / "out" / "table.json").read_text())["comparisons"] == kept["comparisons"]
     path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
     with pytest.raises(ValueError, match="of another sweep"):
-        efficiency.trained_cells(efficiency.read(path), tmp_path / "out")
+        efficiency.table_of(efficiency.read(path), tmp_path / "out")
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
     with pytest.raises(ValueError, match="other settings: remove it"):
