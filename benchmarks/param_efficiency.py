@@ -461,7 +461,8 @@ def draw(result: dict, path: Path) -> None:
         above = [max(cell["losses"]) - mean for mean, cell in zip(means, cells)]
         for panel, axis in zip(panels, axes_of):
             x = [cell[axis] for cell in cells]
-            panel.errorbar(x, means, [below, above], color=colour, marker="o", markersize=3.5, capsize=2, label=model)
+            panel.errorbar(x, means, [below, above], color=colour, fmt="o", markersize=3.5, capsize=2, label=model)
+            panel.plot(*zip(*frontier(sorted(zip(x, means)))), color=colour)
     for panel, label in zip(panels, axes_of.values()):
         panel.set(xscale="log", xlabel=label)
         panel.xaxis.set_minor_formatter(lambda x, _: f"{x:.0e}".replace("e+0", "e") if f"{x:e}"[0] in "25" else "")
