@@ -97,12 +97,14 @@ def main() -> None:
         config = configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"])
         write(folder / "configs" / f"{size}_{model}.json", config.to_json_string())
         models[size, model] = config
-    made = f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
-    cells = run_all(sweep, folder, options.workers, options.device, cells, made)
+    times = None
     if options.keep and options.rounds == 0:
-        times, env = {(line["size"], line["model"]): line for line in table["step_ms"]}, table["environment"]
-        if untimed := {f"{model} {size}" for size, model in models} - {f"{model} {size}" for size, model in times}:
-            raise ValueError(f"the table has no times of {', '.join(sorted(untimed))}: give --rounds")
+        times = {(line["size"], line["model"]): line for line in table["step_ms"]}
+        if untimed := [f"{model} {size}" for size, model in models if (size, model) not in times]:
+            raise ValueError(f"the table has no times of {', '.join(untimed)}: give --rounds")
+    cells = run_all(sweep, folder, options.workers, options.device, cells, stamp(env))
+    if times is not None:
+        env = table["environment"]
     else:
         times = step_times(models, sweep["train"] | {"compile": compiled}, options.rounds, options.device)
     for key, cell in cells.items():
@@ -216,6 +218,11 @@ def run_all(
     return cells
 
 
+def stamp(env: dict) -> str:
+    """When and at what commit."""
+    return f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
+
+
 def table_of(sweep: dict, output: Path) -> dict:
     """table.json in `output`.
 
@@ -234,7 +241,7 @@ def table_of(sweep: dict, output: Path) -> dict:
 def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
     """The cells of a table whose configurations are the sweep's."""
     env, old = table["environment"], table["sweep"]
-    made = env.get("trained") or f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
+    made = env.get("trained") or stamp(env)
 
     def block(of: dict, size: str, model: str) -> KansformerConfig:
         return configuration(of["sizes"][size], of["models"][model], of["reference"], of["models"])
@@ -403,7 +410,7 @@ def page(sweep: dict, result: dict) -> str:
     trained: dict[str, list] = {}
     for cell in result["cells"]:
         trained.setdefault(cell["trained"], []).append(f"{cell['model']} {cell['size']}")
-    if result["command"].find("--keep") > 0:
+    if "--keep" in result["command"]:
         made = "; ".join(f"those of {', '.join(names)} at {when}" for when, names in list(trained.items())[1:])
         parts.append(f"Losses were trained at {next(iter(trained))}{'; ' if made else ''}{made}. Steps are timed at:")
     parts += [header(result["environment"]), *tables(sweep, result)]
