@@ -27,8 +27,11 @@ the baseline's loss L(x) interpolated linearly in log x between its sizes, and s
 
     ratio = exp((L(x) - loss) / s),    s = -dL / dlog x
 
-at every size; the geometric mean over sizes, and 95% of 2,000 resamples of the seeds of both. A baseline's size that
-another one of no greater x beats is left out of L: where sizes differ in how they spend parameters, it has its best.
+at every size; the geometric mean over sizes. Its interval is 95% of 2,000 draws of every size's mean loss, given the
+seeds' losses: normal noise of one variance for all sizes of both models, which is drawn too, from its own distribution
+(so that a mean is Student's t about what was seen; three seeds resampled would be a fifth too sure). A baseline's size
+that another one of no greater x beats is left out of L: where sizes differ in how they spend parameters, it has its
+best.
 Beyond its sizes the end segments are continued: ratios of models that have much more than it are the less certain ones.
 """
 
@@ -66,7 +69,7 @@ AXES = {
     "weights_read": "weights read for a token",
 }
 KEYS = {"name", "train", "sizes", "models", "reference", "baselines", "learning_rates", "seeds"}
-RESAMPLES = 2000
+DRAWS = 2000
 
 
 def main() -> None:
@@ -339,8 +342,8 @@ def compare(sweep: dict, cells: dict) -> list[dict]:
         points = [[(cells[size, name][axis], cells[size, name]["losses"]) for size in sweep["sizes"]]
                   for name in (model, baseline)]  # fmt: skip
         differences, ratio, interval = match(*points)
-        comparisons.append({"model": model, "baseline": baseline, "axis": axis, "ratio": ratio, "interval": interval})
-        comparisons[-1]["difference"] = dict(zip(sweep["sizes"], differences))
+        line = {"model": model, "baseline": baseline, "axis": axis, "ratio": None if math.isnan(ratio) else ratio}
+        comparisons.append(line | {"interval": interval, "difference": dict(zip(sweep["sizes"], differences))})
     return comparisons
 
 
@@ -361,16 +364,22 @@ def bytes_a_word(folder: Path) -> float | None:
 Points = list[tuple[float, list[float]]]  # (x, losses by seed) of every size
 
 
-def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[float, float]]:
-    """(loss minus the baseline's at equal x, by size; x that the baseline needs over the model's; its 95% interval)."""
+def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[float, float] | None]:
+    """(loss minus the baseline's at equal x, by size; x that the baseline needs over the model's; its 95% interval).
+
+    The ratio is nan where the baseline gains nothing by more; the interval None there, and where all have one seed.
+    """
     chance = random.Random(0)
+    cells = [losses for points in (model, baseline) for _, losses in points]
+    freedom = sum(len(losses) - 1 for losses in cells)
+    squares = sum((loss - statistics.fmean(losses)) ** 2 for losses in cells for loss in losses)
 
-    def mean(points: Points, resample: bool) -> list[tuple[float, float]]:
-        draw = (lambda losses: chance.choices(losses, k=len(losses))) if resample else (lambda losses: losses)
-        return [(math.log(x), statistics.fmean(draw(losses))) for x, losses in points]
+    def once(noise: float = 0.0) -> tuple[list[float], float]:
+        def mean(losses: list[float]) -> float:
+            return statistics.fmean(losses) + chance.gauss(0, noise / math.sqrt(len(losses)))
 
-    def once(resample: bool = False) -> tuple[list[float], float]:
-        ours, theirs = mean(model, resample), frontier(sorted(mean(baseline, resample)))
+        ours, theirs = ([(math.log(x), mean(losses)) for x, losses in points] for points in (model, baseline))
+        theirs = frontier(sorted(theirs))
         if len(theirs) < 2:
             return [], math.nan
         slope = -statistics.linear_regression(*zip(*theirs)).slope
@@ -379,7 +388,10 @@ def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[fl
         return differences, ratio
 
     differences, ratio = once()
-    ratios = sorted(r for r in (once(resample=True)[1] for _ in range(RESAMPLES)) if not math.isnan(r)) or [math.nan]
+    if not freedom or math.isnan(ratio):
+        return differences, ratio, None
+    draws = [once(math.sqrt(squares / (2 * chance.gammavariate(freedom / 2, 1))))[1] for _ in range(DRAWS)]
+    ratios = sorted(ratio for ratio in draws if not math.isnan(ratio))
     return differences, ratio, (ratios[int(0.025 * len(ratios))], ratios[int(0.975 * len(ratios))])
 
 
@@ -443,11 +455,10 @@ def tables(sweep: dict, result: dict) -> list[str]:
             continue
         rows = []
         for line in lines:
-            low, high = line["interval"]
+            ratio = "-" if line["ratio"] is None else f"{line['ratio']:.2f}x"
+            interval = "-" if line["interval"] is None else "{:.2f} to {:.2f}".format(*line["interval"])
             differences = ", ".join(f"{value:+.4f}" for value in line["difference"].values())
-            rows.append(
-                [line["model"], AXES[line["axis"]], differences, f"{line['ratio']:.2f}x", f"{low:.2f} to {high:.2f}"]
-            )
+            rows.append([line["model"], AXES[line["axis"]], differences, ratio, interval])
         parts.append(f"Against {baseline}. Above 1x it needs more to match; a negative difference is a lower loss.")
         names = ["model", "at equal", f"loss difference, sizes {', '.join(sweep['sizes'])}", "it needs", "95%"]
         parts.append(markdown(names, rows))

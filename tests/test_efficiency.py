@@ -72,6 +72,11 @@ def test_ratio_is_what_was_put_in():
     _, ratio, (low, high) = efficiency.match(points([10, 30, 90], 0.8, 0.01), points([10, 30, 90], 1.0, 0.01))
     assert ratio == pytest.approx(0.8)
     assert low < ratio < high < 1
+    # in a size's mean the noise is 0.01 / sqrt(3), in a mean of three sizes 0.01 / 3, in a difference of two
+    # models sqrt(2) of that; the slope is 0.2, and 12 degrees of freedom put 95% within 2.179 of Student's t
+    assert math.log(high / low) / 2 == pytest.approx(2.179 * math.sqrt(2) * 0.01 / 3 / 0.2, rel=0.1)
+    once = [[(x, losses[:1]) for x, losses in points([10, 30, 90], better)] for better in (0.8, 1.0)]
+    assert efficiency.match(*once)[2] is None
     assert math.isnan(efficiency.match(points([1, 2], 1.0), [(1, [2.0]), (2, [3.0])])[1])  # more gives a higher loss
     differences = efficiency.match([*points([90], 1.3), *points([10], 1.0)], points([10, 30, 90], 1.0))[0]
     assert differences == pytest.approx([-0.2 * math.log(1.3), 0], abs=1e-12)  # in the model's order
