@@ -60,16 +60,19 @@ def main() -> None:
     env["copy_gb_per_s"] = copy_bandwidth(args.device)
     print(header(env))
     d, device, rounds = args.hidden_size, args.device, args.rounds
+    name = args.output / f"decode_{device}"
     result = {
         "environment": env,
         "blocks": [row for batch in args.batches for row in blocks(d, batch, device, dtype, rounds)],
         "growth": growth(d, device, dtype, rounds),
         "crossover": crossover(d, dtype, rounds) if device == "cpu" else [],
-        "models": [row for name in args.models for row in models(name, device, dtype, max(5, rounds // 3))],
+        "models": [],
     }
+    for pair in args.models:
+        write_json(name.with_suffix(".json"), result)
+        result["models"] += models(pair, device, dtype, max(5, rounds // 3))
     report = f"{header(env)}\n\n" + "\n\n".join(tables(result)) + "\n"
     print(report)
-    name = args.output / f"decode_{device}"
     write(name.with_suffix(".md"), "# Decoding\n\n`python benchmarks/bench_decode.py`\n\n" + report)
     write_json(name.with_suffix(".json"), result)
     draw(result, name.with_suffix(".png"))
@@ -80,7 +83,7 @@ def copy_bandwidth(device: str, size: int = 2**28) -> float:
     """GB/s of a large copy, bytes read plus bytes written."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = side_by_side({"": lambda: target.copy_(source)}, 10, device)[""]
+    times = side_by_side({"": lambda: target.copy_(source)}, 10, device, launches=False)[""]
     return 2 * size / summary(times)["median"] / 1e6
 
 
@@ -106,7 +109,7 @@ def blocks(d: int, batch: int, device: str, dtype: torch.dtype, rounds: int) -> 
     modules = {name: build(name, *block, d, device, dtype) for name, block in (BLOCKS | CUBIC_16).items()}
     tokens = NewTokens(batch, d, device, dtype)
     calls = {name: tokens.into(module) for name, module in modules.items()}
-    times = side_by_side(calls, rounds, device, before=tokens.draw)
+    times = side_by_side(calls, rounds, device, before=tokens.draw, launches=False)
     return [
         {
             "d": d,
@@ -132,7 +135,7 @@ def growth(d: int, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
         }
         tokens = NewTokens(1, d, device, dtype)
         calls = {str(count): tokens.into(layer) for count, layer in layers.items()}
-        times = side_by_side(calls, rounds, device, before=tokens.draw)
+        times = side_by_side(calls, rounds, device, before=tokens.draw, launches=False)
         for count, layer in layers.items():
             own = times[str(count)]
             rows.append(
@@ -189,6 +192,7 @@ def models(pair: str, device: str, dtype: torch.dtype, rounds: int, context: int
     steps = {kind: decoder(model, config, context, rounds, device) for kind, model in built.items()}
     compiled = {}
     if device == "cuda":
+        torch.compiler.reset()
         compiled = {
             f"{kind} compiled": decoder(model, config, context, rounds, device, True) for kind, model in built.items()
         }

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import (
+    GPU_TESTS,
     RESULTS,
     ROOT,
     environment,
@@ -68,7 +69,7 @@ def main() -> None:
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
     if cuda and not args.no_tests:  # correctness before speed
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, *GPU_TESTS], cwd=ROOT, check=True)
     widths = args.hidden_size or ([768, 1024, 2048, 4096] if cuda else [512])
     tokens = args.tokens or (16384 if cuda else 2048)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -79,13 +80,14 @@ def main() -> None:
     result = {"environment": env, "training": [], "decoding": []}
     if cuda:
         env["matmul_tflops"] = matmul_ceiling(dtype)
+    name = args.output / f"ffn_{args.device}"
     for d in widths:
         result["training"] += training(d, tokens, blocks, args.device, dtype, args.rounds)
+        write_json(name.with_suffix(".json"), result)
     for d in args.decode_size:
         result["decoding"] += decoding(d, blocks, args.device, dtype, args.rounds)
     report = f"{header(env)}\n\n{training_table(result)}\n\n{decoding_table(result)}\n"
     print(report)
-    name = args.output / f"ffn_{args.device}"
     write(
         name.with_suffix(".md"),
         "# Feed-forward blocks at equal parameters\n\n`python benchmarks/bench_ffn.py`\n\n" + report,
@@ -101,7 +103,8 @@ def backend(device: str, dtype: torch.dtype) -> str:
 
 
 def build(name: str, kind: str, options: dict, d: int, device: str, dtype: torch.dtype) -> nn.Module:
-    size = match_intermediate_size(kind, d, reference="mlp", **options)
+    # Rows of a multiple of 16 elements are what both cuBLAS and triton load by vectors
+    size = match_intermediate_size(kind, d, reference="mlp", multiple_of=16 if device == "cuda" else 8, **options)
     return feed_forward(kind, d, size, device=device, dtype=dtype, **options)
 
 
@@ -168,12 +171,13 @@ def training(d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype,
         inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
         return lambda: torch.autograd.grad(module(x), inputs, dy)
 
+    torch.compiler.reset()  # else the limit on compiled forms of one forward makes later widths run eagerly
     compiled = {f"{n} compiled": torch.compile(m) for n, m in modules.items()} if device == "cuda" else {}
     saved = {name: saved_bytes(module, x) for name, module in modules.items()}
     peaks = {name: peak_memory(step(module)) if device == "cuda" else None for name, module in modules.items()}
     runs = modules | compiled
-    forwards = side_by_side({name: forward(m) for name, m in runs.items()}, rounds, device)
-    steps = side_by_side({name: step(m) for name, m in runs.items()}, rounds, device)
+    forwards = side_by_side({name: forward(m) for name, m in runs.items()}, rounds, device, launches=False)
+    steps = side_by_side({name: step(m) for name, m in runs.items()}, rounds, device, launches=False)
     # The reference at its best: compiled where that is at hand.
     best = f"{REFERENCE} compiled" if compiled else REFERENCE
     rows = []
@@ -229,7 +233,7 @@ def peak_memory(step: Callable) -> float:
 def matmul_ceiling(dtype: torch.dtype, n: int = 8192) -> float:
     """TFLOP/s of a large product on random data."""
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * n**3 / summary(side_by_side({"": lambda: a @ b}, 20, "cuda")[""])["median"] / 1e9
+    return 2 * n**3 / summary(side_by_side({"": lambda: a @ b}, 20, "cuda", launches=False)[""])["median"] / 1e9
 
 
 def decoding(d: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
@@ -248,7 +252,8 @@ def decoding(d: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int)
 
         return call
 
-    times = side_by_side({name: run(m) for name, m in modules.items()}, 4 * rounds, device, before=new_token)
+    calls = {name: run(m) for name, m in modules.items()}
+    times = side_by_side(calls, 4 * rounds, device, before=new_token, launches=False)
     rows = []
     for name, module in modules.items():
         read, total = bytes_read(module), bytes_read(modules[REFERENCE])

@@ -74,7 +74,8 @@ def main() -> None:
     rows = []
     for d in options.width:
         for block, C, k in LAYERS:
-            h = match_intermediate_size(block, d, reference="mlp", grid_size=C - k, spline_order=k)
+            h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
+            torch.compiler.reset()  # of every layer's shapes their own kernels, as fast as they can be
             layer = make(options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype)
             for kernel in KERNELS:
                 for row in measure(kernel, layer, options.rounds, options.device):
@@ -123,7 +124,7 @@ def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
         if not errors[name] < WORST:
             raise RuntimeError(f"{kernel}, {name}: off by {errors[name]:.2e} of its norm")
     calls: dict[str, Callable] = {name: (lambda run=run: run(layer)) for name, run in variants.items()}
-    times = side_by_side(calls, rounds, device)
+    times = side_by_side(calls, rounds, device, launches=False)
     shipped = next(iter(variants))
     flops = 2 * M * O * I * (C + based)
     return [
@@ -158,7 +159,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 def compiled(function: Callable) -> Callable:
     """One fused kernel on a GPU; as it is elsewhere."""
-    return torch.compile(function) if torch.cuda.is_available() else function
+    return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
 
 
 @compiled

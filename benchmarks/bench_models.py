@@ -56,18 +56,23 @@ def main() -> None:
     env = environment(options.device, dtype=str(dtype).removeprefix("torch."), **shape, rounds=options.rounds)
     print(header(env), flush=True)
     result = {"environment": env, "models": [], "growth": []}
+    output = (options.output / f"models_{options.device}").with_suffix(".json")
     for name in options.models:
         trained = pair(name, dtype, options)
-        served = {row["model"].split()[1]: row for row in models(name, options.device, dtype, 3 * options.rounds)}
-        result["models"] += [row | {"served": served[row["kind"]]} for row in trained]
+        rows = models(name, options.device, dtype, 3 * options.rounds)
+        served = {row["model"].removeprefix(f"{name} "): row for row in rows}
+        for row in trained:
+            decoding = served.get(f"{row['kind']} compiled", served[row["kind"]])  # as one would serve it
+            prefill = {key: served[row["kind"]][key] for key in ("prefill_ms", "prefill_ratio")}
+            result["models"].append(row | {"served": decoding | prefill})
         print(f"{name}: {trained[1]['ratio']:.2f}x", flush=True)
+        write_json(output, result)
     for axis in options.growth:
         result["growth"] += [point(axis, change, dtype, options) for change in GROWTH[axis]]
     text = "\n\n".join([header(env), *tables(result)])
-    name = options.output / f"models_{options.device}"
     flags = " --compiled" if options.compiled else ""
-    write(name.with_suffix(".md"), f"# Whole models\n\n`python benchmarks/bench_models.py{flags}`\n\n{text}\n")
-    write_json(name.with_suffix(".json"), result)
+    write(output.with_suffix(".md"), f"# Whole models\n\n`python benchmarks/bench_models.py{flags}`\n\n{text}\n")
+    write_json(output, result)
     print("\n" + text)
 
 

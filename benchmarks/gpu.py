@@ -1,27 +1,30 @@
 """Everything that needs a GPU, in one call: correctness, kernels, blocks, decoding, models. Continues past a failure.
 
-    python benchmarks/gpu.py --output FOLDER        # under 10 minutes on an H200, as planned; --only for a part of it
+    python benchmarks/gpu.py --output FOLDER        # half an hour at most; --only for a part of it
 
-Each step has its own limit in seconds, its output in FOLDER/STEP.log, its tables and json in FOLDER. The summary, last,
-is one JSON line: step, exit status (124: over its limit), seconds.
+Each step has its own limit in seconds, its output in FOLDER/STEP.log, its tables in FOLDER, its json there as it goes.
+The package need not be installed. The summary, last, is one JSON line: step, exit status (124: over its limit) and
+seconds.
 """
 
 import argparse
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from harness import ROOT, write_json
+from harness import GPU_TESTS, ROOT, write_json
 
 # name: (seconds, arguments)
 STEPS = {
-    "tests": (200, ["-m", "pytest", "-q", "-m", "gpu"]),
-    "kernels": (120, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
-    "blocks": (150, ["benchmarks/bench_ffn.py", "--device", "cuda", "--rounds", "9", "--no_tests"]),
-    "decode": (90, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m", "350m"]),
-    "models": (90, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
+    "tests": (400, [*GPU_TESTS, "--numprocesses", "8"]),
+    "kernels": (300, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
+    "blocks": (400, ["benchmarks/bench_ffn.py", "--device", "cuda", "--rounds", "9", "--no_tests"]),
+    "decode": (300, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m", "350m"]),
+    "models": (300, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
 }
 
 
@@ -32,19 +35,22 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="the commands, and run nothing")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     done = []
     for name in options.only:
         limit, arguments = STEPS[name]
         if name != "tests":
             arguments = [*arguments, "--output", str(options.output.resolve())]
         if options.print:
-            print(" ".join(["python", *arguments]))
+            print(shlex.join(["python", *arguments]))
             continue
         start = time.monotonic()
         with open(options.output / f"{name}.log", "w") as log:
             try:
                 command = [sys.executable, *arguments]
-                code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+                run = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=limit)
+                code = run.returncode
             except subprocess.TimeoutExpired:
                 code = 124
         done.append({"step": name, "exit": code, "seconds": round(time.monotonic() - start, 1)})

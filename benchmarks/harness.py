@@ -22,19 +22,26 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# What of the tests runs on a GPU; kernels compiled ahead of time need none
+GPU_TESTS = ["-m", "pytest", "-q", "-m", "gpu and not exhaustive", "-k", "not compiles"]
+GPU_TESTS += ["tests/test_kernels.py", "tests/test_models.py"]
 
 
 def environment(device: str, **settings: object) -> dict:
     """Commit, dirty flag, device, versions and settings: the header beside every figure."""
 
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return run.stdout.strip() if run.returncode == 0 else "unknown"
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except OSError:  # no git
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
 
     code = ("kansformer", "benchmarks", "train", ":(exclude)*.md", ":(exclude)benchmarks/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *code)),
+        "commit": git("rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": "unknown" if changed is None else bool(changed),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -49,18 +56,23 @@ def header(env: dict) -> str:
 
 
 def side_by_side(
-    variants: dict[str, Callable[[], object]], rounds: int, device: str, before: Callable[[], object] | None = None
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    before: Callable[[], object] | None = None,
+    launches: bool = True,
 ) -> dict[str, list[float]]:
     """Milliseconds of each variant in each round; the variants take turns, after one round that does not count.
 
-    `before` runs, untimed, ahead of every call.
+    `before` runs, untimed, ahead of every call. Without `launches` a GPU's time is its own: the launches queue behind a
+    wait of some milliseconds, as they do behind the rest of a model's work. With them, it is the processor's too.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds + 1):
         for name, run in variants.items():
             if before is not None:
                 before()
-            milliseconds = _time(run, device)
+            milliseconds = _time(run, device, launches)
             if i > 0:
                 times[name].append(milliseconds)
     return times
@@ -112,9 +124,11 @@ def write_figure(path: Path, figure: "Figure", env: dict) -> None:
     os.replace(part, path)
 
 
-def _time(run: Callable[[], object], device: str) -> float:
+def _time(run: Callable[[], object], device: str, launches: bool) -> float:
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if not launches:
+            torch.cuda._sleep(10**7)  # cycles, about 5 ms
         start.record()
         run()
         end.record()

@@ -77,6 +77,8 @@ def kan_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
     if base_weight is not None:
         base_weight = base_weight.to(dtype)
+    if gate is not None and gate.dtype.itemsize > dtype.itemsize:
+        gate = gate.to(dtype)  # its product with a function is rounded to it next; half as much to keep
     rows = x.reshape(-1, x.shape[-1]), None if gate is None else gate.reshape(-1, x.shape[-1])
     settings = grid, base_weight, grid_size, spline_order, base_activation, backend
     if hasattr(spline_weight, "qdata"):  # of torchao

@@ -119,8 +119,8 @@ def launches(case: "Case", capability: int) -> list[Launch]:
     grid = torch.empty(INPUTS, 2, device="meta")
     with recording() as made:
         for rows in (1, *case.rows):
-            x = torch.empty(rows, INPUTS, dtype=dtype, device="meta")
-            gate = torch.empty_like(x) if case.gate else None
+            x = torch.empty(rows, INPUTS, dtype=getattr(torch, case.x or case.dtype), device="meta")
+            gate = torch.empty(rows, INPUTS, dtype=dtype, device="meta") if case.gate else None
             if rows == 1:
                 triton_kan.decode(x, gate, weight, grid, base, *settings)
                 scale = torch.empty(INPUTS * C, dtype=dtype, device="meta")
@@ -144,6 +144,7 @@ class Case:
     base: bool
     rows: tuple[int, ...] = (16, 4096)
     tf32: bool = False
+    x: str | None = None  # its dtype where it is another one: float32 behind a norm under autocast
 
 
 INPUTS, OUTPUTS = 1024, 2048

@@ -6,6 +6,8 @@ import torch
 # Kernels run in triton's interpreter where there is no GPU; it must be asked for before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Deterministic products of cuBLAS, which poison_empty asks for, need it; it is read at the first one.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Hugging Face libraries must not look for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,8 @@ def test_bench_kernels_in_the_interpreter(tmp_path):
 def test_the_steps_of_the_gpu_script_exist(tmp_path):
     printed = run("gpu.py", "--output", str(tmp_path), "--print").splitlines()
     assert len(printed) == 5
+    marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark." + "gpu" in path.read_text()}
+    assert marked == {Path(word).name for word in shlex.split(printed[0]) if word.endswith(".py")}
     for line in printed[1:]:
         script, *arguments = line.split()[1:]
         known = run(Path(script).name, "--help")

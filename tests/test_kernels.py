@@ -277,7 +277,8 @@ def test_the_comparison_rejects_zeros_and_one_wrong_coefficient():
 
 def test_every_candidate_configuration_computes_the_same():
     layer = make(130, 40, 140, 3, 1, gate=True, base=False, dtype=torch.float16)
-    sizes = (130, 40, 140, 4, torch.float16, True, False, 90)
+    capability = triton_kan._device_properties(layer.x.device.index)[0] if DEVICE == "cuda" else 90
+    sizes = (130, 40, 140, 4, torch.float16, True, False, capability)
     y = triton_kan.forward(*layer.arguments)
     for config in triton_config.candidate_configs("forward", *sizes):
         assert error(triton_kan.forward(*layer.arguments, config=config), y) < 2e-3
@@ -332,7 +333,7 @@ def test_offsets_beyond_32_bits():
 
 # What the compiler makes of the kernels, for GPUs that need not be there.
 
-Case = collections.namedtuple("Case", "dtype spline_order grid_size gate base rows tf32", defaults=[False])
+Case = collections.namedtuple("Case", "dtype spline_order grid_size gate base rows tf32 x", defaults=[False, None])
 TRAINING, ALL = (4096,), (16, 4096)
 CASES = [
     Case("bfloat16", 1, 3, True, False, ALL),  # kan_gated, C = 4
@@ -341,6 +342,7 @@ CASES = [
     Case("bfloat16", 2, 3, False, False, TRAINING),
     Case("float16", 1, 7, False, True, TRAINING),
     Case("float32", 3, 5, False, True, TRAINING),
+    Case("bfloat16", 1, 3, True, False, TRAINING, x="float32"),  # kan_gated under autocast
     Case("float32", 1, 3, True, False, TRAINING, tf32=True),
 ]
 MANY_CASES = [
@@ -356,7 +358,7 @@ MANY_CASES = [
 # puts up to 69 bytes a thread aside, once a tile.
 SPILLED_BYTES = 0 if triton.__version__.startswith("3.6.") else 80
 # Shared memory a program may have, KiB (CUDA C++ programming guide, technical specifications per compute capability).
-SHARED_KIB = {80: 163, 90: 227, 100: 227}
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def compiled(capability: int, cases: list[Case], cache: Path) -> list[dict]:
@@ -377,7 +379,8 @@ def check_compiled(capability: int, kernels: list[dict]) -> None:
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_KIB[capability] * 1024, kernel
-        assert kernel["stack"] <= SPILLED_BYTES, f"spills registers: {kernel}"
+        spilled = max(SPILLED_BYTES, 20 if kernel["case"]["x"] else 0)  # once a tile
+        assert kernel["stack"] <= spilled, f"spills registers: {kernel}"
         product = kernel["kernel"] in ("_kan_fwd_kernel", "_kan_bwd_x_kernel", "_kan_bwd_w_kernel")
         tensor_cores = kernel["case"]["dtype"] != "float32" or kernel["case"]["tf32"]
         if capability == 90 and product and tensor_cores and kernel["tile"]["BLOCK_M"] >= 64:
@@ -387,7 +390,7 @@ def check_compiled(capability: int, kernels: list[dict]) -> None:
 
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_compiles_ahead_of_time(capability, tmp_path):
-    cases = CASES if capability == 90 else [*CASES[:2], CASES[-1]]
+    cases = CASES if capability == 90 else [*CASES[:2], *CASES[-2:]] if capability in (80, 100) else CASES[-2:]
     check_compiled(capability, compiled(capability, cases, tmp_path))
 
 

@@ -87,7 +87,10 @@ def start_tracker(accelerator, name: str | None, run_name: str, settings: dict, 
 def provenance(accelerator) -> dict:
     """Where a run starts: processes, device, versions, and the commit if this is a checkout."""
     git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     device = (
         torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
@@ -102,7 +105,7 @@ def provenance(accelerator) -> dict:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "kansformer": kansformer.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": commit or None,
     }
 
 

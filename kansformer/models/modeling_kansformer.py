@@ -290,6 +290,9 @@ class KansformerModel(KansformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # Looking for packed sequences in positions that are counted on would wait for the device, or, compiled, write
+        # out a mask that keeps attention from its causal kernel.
+        packed = position_ids
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
@@ -297,7 +300,7 @@ class KansformerModel(KansformerPreTrainedModel):
 
         masks = attention_mask
         if not isinstance(masks, dict):  # generate has made them where it compiles
-            shape = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+            shape = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": packed}
             masks = {
                 kind: MASKS[kind](config=self.config, past_key_values=past_key_values, **shape)
                 for kind in set(self.config.layer_types)
