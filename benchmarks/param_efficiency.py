@@ -137,9 +137,14 @@ def read(path: Path) -> dict:
     sweep = yaml.safe_load(path.read_text())
     if not isinstance(sweep, dict) or set(sweep) - {"note"} != KEYS:
         raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, not {sorted(sweep or ())}")
-    for key in ("sizes", "models", "learning_rates", "seeds"):
-        if not sweep[key]:
-            raise ValueError(f"{path}: {key} is empty")
+    for key, kind in {"sizes": dict, "models": dict, "train": dict, "learning_rates": list, "seeds": list}.items():
+        if not isinstance(sweep[key], kind) or not sweep[key]:
+            raise ValueError(f"{path}: {key} must be a {kind.__name__} with something in it, not {sweep[key]!r}")
+    known = {"match", *KansformerConfig().to_dict()}
+    for name, fields in [*sweep["sizes"].items(), *sweep["models"].items()]:
+        if not isinstance(fields, dict) or not known.issuperset(fields):
+            wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
+            raise ValueError(f"{path}: {name} has {wrong}: no field of KansformerConfig")
     sweep["learning_rates"] = [float(rate) for rate in sweep["learning_rates"]]  # yaml reads 1e-3 as a string
     if unknown := {sweep["reference"], *sweep["baselines"]} - set(sweep["models"]):
         raise ValueError(f"{path}: {', '.join(sorted(unknown))} is none of the models {', '.join(sweep['models'])}")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -58,7 +59,8 @@ def convert(
         for name, parameter in model.named_parameters(): parameter.requires_grad = name.endswith("spline_weight")
 
     Args:
-        model_or_path: a model, which is left as it is; or a folder or hub name with safetensors weights, read one
+        model_or_path: a model, which is left as it is (one cast by .to(bfloat16) has rounded its rotary frequencies
+            too, and ours are exact: load it in its dtype instead); or a folder or hub name with safetensors weights, read one
             tensor at a time; or a .gguf file, whose weights are dequantized to float32.
         calibration: a text, or token ids int64 (batch, seq), to run the model on. None: `grid_range` everywhere.
         tokenizer: for a calibration text where a model is given; with a path it is found there.
@@ -328,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         text = Path(file).read_text() if file else None
         difference = convert_checkpoint(source, destination, calibration=text, progress=True, **options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"{destination}: the largest difference between a logit and the source's is {difference:.3g}")
 

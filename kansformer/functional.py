@@ -48,8 +48,8 @@ def kan_linear(
 
     Splines are evaluated in float32 at least (float64 for float64 x); the product runs in the weights' dtype (where
     autocast is on, its) with float32 accumulation. Outside the grid the splines fall to zero over k more knots and the
-    base term acts alone. NaN in x gives NaN in its row. Differentiable any number of times; gradients after the first
-    go through plain torch and keep Phi.
+    base term acts alone. NaN in x gives NaN in its row. Differentiable any number of times, backward and forward, and
+    under torch.func's transforms: what is not a first gradient goes through plain torch, Phi and all.
 
     Args:
         x: (..., I), any float dtype.
@@ -81,7 +81,10 @@ def kan_linear(
         gate = gate.to(dtype)  # its product with a function is rounded to it next; half as much to keep
     rows = x.reshape(-1, x.shape[-1]), None if gate is None else gate.reshape(-1, x.shape[-1])
     settings = grid, base_weight, grid_size, spline_order, base_activation, backend
-    if hasattr(spline_weight, "qdata"):  # of torchao
+    if under_transform():
+        weight = spline_weight.dequantize() if hasattr(spline_weight, "qdata") else spline_weight
+        y = _plain(*rows, weight.to(dtype), *settings)
+    elif hasattr(spline_weight, "qdata"):  # of torchao
         if _int8_by_rows(spline_weight) and not (torch.is_grad_enabled() and any(_needs_grad(rows, base_weight))):
             scale = spline_weight.scale.flatten().to(dtype)
             y = torch.ops.kansformer.kan_linear_int8(*rows, spline_weight.qdata, scale, *settings)
@@ -183,6 +186,14 @@ def _(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_a
 
 def _int8_by_rows(weight: Tensor) -> bool:
     return weight.qdata.dtype == torch.int8 and weight.scale.numel() == len(weight)
+
+
+def under_transform() -> bool:
+    """Whether torch.func (grad, jvp, vmap, ...) or forward-mode differentiation is at work, which only plain operations
+    take part in: through the operator tangents would be zero, without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _needs_grad(rows: tuple[Tensor, Tensor | None], *weights: Tensor | None) -> Iterator[bool]:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kansformer.layers import KANLinear, feed_forward
+from kansformer.layers import FFN_TYPES, KANLinear, feed_forward
 
 PLAN, WEIGHTS = "kanify.json", "kanify.safetensors"
 
@@ -82,6 +82,10 @@ def kanify(
         raise ValueError("the model is kanified already: replace all blocks in one call, or start from the original")
     given, inputs = inputs is not None, inputs if inputs is not None else _example(model)
     splines = {"grid_size": grid_size, "spline_order": spline_order, "grid_range": list(grid_range)}
+    if ffn_type not in FFN_TYPES:
+        raise ValueError(f"ffn_type is {ffn_type!r}; choose one of {', '.join(FFN_TYPES)}")
+    if reinitialize and ffn_type in ("mlp", "swiglu"):
+        splines = {}
     if reinitialize:
         plan = _modules_to_replace(model, pattern, inputs, {"ffn_type": ffn_type, **splines})
     else:
@@ -151,7 +155,7 @@ def load_kanified(folder: str | os.PathLike, **options: object) -> PreTrainedMod
 
 def _replace(model: nn.Module, plan: list[dict]) -> None:
     for step in plan:
-        options = {key: step[key] for key in ("grid_size", "spline_order", "grid_range")}
+        options = {key: step[key] for key in ("grid_size", "spline_order", "grid_range") if key in step}
         like = next(model.get_submodule(step.get("down", step["block"])).parameters())
         options |= {"device": like.device, "dtype": like.dtype}
         if "down" in step:

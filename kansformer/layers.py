@@ -22,6 +22,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -90,14 +91,14 @@ class KANLinear(nn.Module):
         if spline_order not in (1, 2, 3):
             raise ValueError(f"spline_order must be 1, 2 or 3, got {spline_order}")
         lo, hi = (float(bound) for bound in grid_range)
-        if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-            raise ValueError(f"grid_range must be two finite numbers lo < hi, got {tuple(grid_range)}")
+        if not is_range(lo, hi):
+            raise ValueError(f"grid_range must be two finite numbers lo < hi, got {(lo, hi)}, which differ in float32")
         if base_activation is not None and base_activation not in BASE_ACTIVATIONS:
             raise ValueError(
                 f"base_activation is {base_activation!r}; choose None or one of {', '.join(BASE_ACTIVATIONS)}"
             )
-        self.in_features, self.out_features = in_features, out_features
-        self.grid_size, self.spline_order, self.grid_range = grid_size, spline_order, (lo, hi)
+        self.in_features, self.out_features = in_features, out_features = int(in_features), int(out_features)
+        self.grid_size, self.spline_order, self.grid_range = int(grid_size), int(spline_order), (lo, hi)
         self.base_activation, self.init_gain, self.backend = base_activation, init_gain, backend
         factory = {"device": device, "dtype": dtype}
         self.spline_weight = nn.Parameter(torch.empty(in_features * self.num_basis, out_features, **factory))
@@ -119,6 +120,8 @@ class KANLinear(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., I), gate (..., I) or None: (..., O)."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"this layer takes (..., {self.in_features}), got {tuple(x.shape)}")
         if self.base_weight is None:
             lo, hi = self.grid.to(x.dtype).unbind(-1)
             x = x.clamp(lo, hi)
@@ -171,15 +174,17 @@ class KANLinear(nn.Module):
 
         The new range is [mean - spread * std, mean + spread * std], cut to the smallest and largest sample. Where
         torch.distributed is initialised the statistics are reduced over all ranks, so all ranks must call this and all
-        get the same grid, to the bit. A constant input keeps its range. An optimizer's state for `spline_weight`
-        belongs to the old coefficients: reset it.
+        get the same grid, to the bit. A constant input keeps its range, as does one that varies by less than float32
+        tells apart at its size. An optimizer's state for `spline_weight` belongs to the old coefficients: reset it.
 
         Args:
             x: (..., I) samples.
             spread: standard deviations on either side of the mean.
         Raises:
-            ValueError: if there is no sample, one is not finite, or the last dimension is not I.
+            ValueError: if there is no sample, one is not finite, the last dimension is not I, or spread is not above 0.
         """
+        if not spread > 0:
+            raise ValueError(f"spread is {spread}: it must be positive, standard deviations on either side of the mean")
         if x.shape[-1] != self.in_features or x.numel() == 0:
             raise ValueError(f"update_grid needs samples (..., {self.in_features}), at least one, got {tuple(x.shape)}")
         x = x.detach().reshape(-1, self.in_features).double()
@@ -197,9 +202,9 @@ class KANLinear(nn.Module):
         lo = torch.maximum(bounds[0], mean - spread * deviation)
         hi = torch.minimum(-bounds[1], mean + spread * deviation)
         new_grid = torch.stack([lo, hi], -1).to(self.grid)
-        width = self.grid[:, 1:] - self.grid[:, :1]
-        constant = new_grid[:, 1:] - new_grid[:, :1] <= 1e-6 * width
-        new_grid = torch.where(constant, self.grid, new_grid)
+        width, size = new_grid[:, 1] - new_grid[:, 0], new_grid.abs().amax(-1)
+        unresolved = width <= (1e-6 * size).clamp_min(1e-30)
+        new_grid = torch.where(unresolved.unsqueeze(-1), self.grid, new_grid)
         self.spline_weight.copy_(self._refit(new_grid, self.grid_size))
         self.grid.copy_(new_grid)
 
@@ -211,6 +216,7 @@ class KANLinear(nn.Module):
         projection otherwise. `spline_weight` becomes a new, larger Parameter: build the optimizer anew.
         """
         _check_sizes(grid_size=grid_size)
+        grid_size = int(grid_size)
         weight = self._refit(self.grid, grid_size)
         self.spline_weight = nn.Parameter(weight, requires_grad=self.spline_weight.requires_grad)
         self.grid_size = grid_size
@@ -527,7 +533,13 @@ def _linear(in_features: int, out_features: int, init_gain: float, **factory: ob
     return linear
 
 
+def is_range(lo: float, hi: float) -> bool:
+    """Whether lo < hi are two finite numbers that float32, a grid's dtype, tells apart."""
+    lo, hi = torch.tensor([lo, hi], dtype=torch.float32, device="cpu").tolist()
+    return math.isfinite(lo) and math.isfinite(hi) and lo < hi
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")

@@ -178,12 +178,13 @@ def choose_units(
         raise ValueError(f"multiple_of is {multiple_of}: it must be at least 1")
     if not all(i.isfinite().all() for i in importance):
         raise ValueError("the units' importance is NaN or infinite: the model's loss is, on this text")
-    if scope == "uniform":
+    if scope == "uniform" or not importance:
         counts = [(1 - share) * len(i) for i in importance]
     else:
-        ranked = torch.cat(list(importance)).sort(descending=True).values
-        threshold = ranked[max(1, round((1 - share) * len(ranked))) - 1]
-        counts = [(i >= threshold).sum().item() for i in importance]
+        ranked = torch.cat(list(importance)).argsort(descending=True, stable=True)
+        block = torch.cat([torch.full((len(i),), n) for n, i in enumerate(importance)])
+        best = block[ranked[: max(1, round((1 - share) * len(ranked)))].cpu()]
+        counts = best.bincount(minlength=len(importance)).tolist()
     kept = []
     for i, count in zip(importance, counts):
         count = min(len(i), max(multiple_of, multiple_of * round(count / multiple_of)))

@@ -160,12 +160,13 @@ def open_source(source: PreTrainedModel | str | os.PathLike) -> Source:
 
 
 def _open_model(model: nn.Module, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+    if isinstance(model, PreTrainedModel):
+        kansformer_config(model.config)
     if not isinstance(model, PreTrainedModel) or not type(model).__name__.endswith("ForCausalLM"):
         raise ValueError(
             f"{type(model).__name__} is no causal language model of transformers; "
             "pass the model with its language-model head, its adapters merged (merge_and_unload)"
         )
-    kansformer_config(model.config)
     state = model.state_dict()
     if len(dtypes := {tensor.dtype for tensor in state.values()}) > 1:
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import kansformer  # noqa: F401 (registers the model)
+from kansformer import KansformerForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "train"))
@@ -173,6 +173,28 @@ def test_bad_model_fields_are_refused(overrides, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=message):
         settings_module.model_config(Settings(model_overrides=overrides), byte_tokenizer())
+
+
+def test_a_block_that_changes_takes_its_own_width(monkeypatch, tmp_path):
+    """Else an override of the block would train one of another size."""
+    monkeypatch.chdir(ROOT)
+
+    def config(**overrides):
+        return settings_module.model_config(Settings(model_overrides=overrides), byte_tokenizer())
+
+    sizes = {}
+    for overrides in ({}, {"ffn_type": "swiglu"}, {"ffn_type": "mlp"}, {"grid_size": 7}, {"hidden_size": 64}):
+        model = KansformerForCausalLM(config(**overrides))
+        sizes[str(overrides)] = model.parameter_counts()["feed_forward"]
+    *same, small = sizes.values()
+    assert same == pytest.approx([same[0]] * len(same), rel=0.04)
+    assert small == pytest.approx(same[0] / 4, rel=0.05)
+    assert config(num_hidden_layers=2).intermediate_size == config().intermediate_size
+    assert config(ffn_type="swiglu", intermediate_size=40).intermediate_size == 40
+    path = tmp_path / "model.json"
+    path.write_text(Path(Settings().model).read_text().replace('"grid_size"', '"grid_sise"'))
+    with pytest.raises(ValueError, match=r"unknown model field 'grid_sise' in .*model.json: did you mean 'grid_size'"):
+        settings_module.model_config(Settings(model=str(path)), byte_tokenizer())
 
 
 def test_vocabulary_follows_the_tokenizer_in_multiples_of_64(monkeypatch):

@@ -131,7 +131,11 @@ def test_a_sweep_runs_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": []}, r"seeds must be a list with something in it, not \[\]"),
+        ({"learning_rates": "1e-3"}, "learning_rates must be a list"),
+        ({"train": None}, "train must be a dict"),
+        ({"models": {"swiglu": {"ffn_type": "swiglu"}, "kan": {"ffn_typ": "kan"}}}, "kan has ffn_typ: no field"),
+        ({"sizes": {"d16": 16}}, "d16 has 16"),
         ({"reference": "gelu"}, "gelu is none of the models"),
         ({"train": {"steps": 3, "seed": 1}}, "the sweep's own"),
         ({"speed": 1}, "must have the keys"),

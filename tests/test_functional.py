@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kansformer import splines
 from kansformer.functional import BASE_ACTIVATIONS, choose_backend, kan_linear
 from kansformer.kernels import torch_kan
+from kansformer.layers import KANLinear
 
 I, O, G = 13, 7, 5
 
@@ -170,6 +171,31 @@ def test_gradcheck_twice():
 
     assert torch.autograd.gradcheck(f, (x, gate, spline_weight, base_weight))
     assert torch.autograd.gradgradcheck(f, (x, gate, spline_weight, base_weight))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode
+@pytest.mark.parametrize("based", [False, True])
+def test_transforms_and_forward_mode(based):
+    """torch.func and tangents agree with backward: through the operator they would be zero, or fail."""
+    t = tensors(3, 2, gated=True)
+    base = {"base_weight": t["base_weight"]} if based else {}
+
+    def f(x):
+        return kan_linear(x, t["spline_weight"], t["grid"], grid_size=G, spline_order=2, gate=t["gate"], **base)
+
+    expected = torch.autograd.functional.jacobian(f, t["x"])
+    assert expected.norm() > 0.1
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        assert_close(jacobian(f)(t["x"]), expected, 1e-12)
+    tangent = torch.randn_like(t["x"])
+    with torch.autograd.forward_ad.dual_level():
+        y = f(torch.autograd.forward_ad.make_dual(t["x"], tangent))
+        found = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert_close(found, torch.einsum("moni,ni->mo", expected, tangent), 1e-12)
+    layer = KANLinear(4, 3, base_activation="silu" if based else None).double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    per_row = torch.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)
+    assert_close(per_row, torch.autograd.grad(layer(x).sum(), x)[0], 1e-12)
 
 
 def test_third_derivative():

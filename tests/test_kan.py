@@ -336,6 +336,38 @@ def test_bad_dtype():
         KAN([2, 1])(torch.ones(3, 2, dtype=torch.int64))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode
+def test_autocast_and_transforms():
+    """A network's own dtype under autocast; torch.func as backward."""
+    model, x = KAN([2, [2, 1], 1], dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), model.double()(x))
+    assert model(x).dtype == torch.float64
+    expected = torch.autograd.functional.jacobian(model, x)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(jacobian(model)(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_bad_arguments_of_fit(tmp_path):
+    model, data = KAN([2, 1]), Dataset(torch.rand(10, 2), torch.rand(10, 1))
+    for batch_size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {batch_size}"):
+            model.fit(data, optimizer="adam", batch_size=batch_size)
+    with pytest.raises(ValueError, match="lamb is -1"):
+        model.fit(data, lamb=-1)
+    with pytest.raises(ValueError, match=r"in torch.float16; save it in one of float32, float64"):
+        model.half().save(tmp_path)
+
+
+def test_small_inputs_are_learned_and_large_offsets_warned_of():
+    x = torch.rand(60, 2, dtype=torch.float64) * 2 - 1
+    y = (3 * x[:, :1]).sin() + x[:, 1:] ** 2
+    fitted = KAN([2, 3, 1], dtype=torch.float64).fit(Dataset(1e-9 * x, y), steps=3, progress=False)
+    assert fitted["train_loss"][-1] < 0.1 * y.std()
+    with pytest.warns(UserWarning, match=r"input columns \[0, 1\] vary by less than a millionth of their size"):
+        KAN([2, 3, 1], dtype=torch.float64).fit(Dataset(x + 1e8, y), steps=1, progress=False)
+
+
 def test_bad_data():
     x, y = torch.rand(10, 2), torch.rand(10, 1)
     for value, name in ((math.nan, "nan"), (math.inf, "inf")):

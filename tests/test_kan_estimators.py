@@ -34,7 +34,7 @@ def test_a_regressor_beats_a_line_and_keeps_the_shape_of_its_targets():
 def test_a_classifier_in_a_grid_search():
     X, y = load_iris(return_X_y=True)
     names = np.array(["setosa", "versicolor", "virginica"])[y]
-    search = GridSearchCV(KANClassifier(steps=3, lamb=1e-3), {"hidden": [1, 2]}, cv=2)
+    search = GridSearchCV(KANClassifier(steps=3, lamb=1e-3), {"hidden": np.arange(1, 3)}, cv=2)
     with pytest.warns(UserWarning, match="rows lie outside"):
         search.fit(X, names)
     assert search.best_score_ > 0.9

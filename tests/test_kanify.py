@@ -183,6 +183,13 @@ def test_reinitialized_blocks_have_as_many_parameters(tmp_path):
     assert not torch.allclose(after, before, atol=1e-3)
     save_kanified(model, tmp_path)
     assert torch.equal(output(load_kanified(tmp_path), TOKENS), after)
+    for ffn_type in ("mlp", "swiglu"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+        assert len(kanify(model, "*.1.mlp", reinitialize=True, ffn_type=ffn_type)) == 1
+        save_kanified(model, tmp_path / ffn_type)
+        assert torch.equal(output(load_kanified(tmp_path / ffn_type), TOKENS), output(model, TOKENS))
+    with pytest.raises(ValueError, match="ffn_type is 'moe'; choose one of mlp"):
+        kanify(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), "*.1.mlp", reinitialize=True, ffn_type="moe")
     with pytest.raises(ValueError, match=r"lm_head does not map"):
         kanify(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), "lm_head", reinitialize=True)
 

@@ -1,9 +1,11 @@
 import copy
 import math
+import re
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,6 +148,20 @@ def test_update_grid_keeps_the_range_of_a_constant_input():
     layer.update_grid(torch.stack([torch.full((10,), 0.7), torch.randn(10)], 1))
     assert layer.grid[0].tolist() == [-2, 2]
     assert layer.grid[1].tolist() != [-2, 2]
+
+
+def test_update_grid_comes_back_from_an_outlier():
+    layer = KANLinear(2, 3)
+    small = torch.stack([torch.linspace(-0.4, 0.4, 100), torch.linspace(-1e-7, 1e-7, 100)], 1)
+    for x in (torch.linspace(-1e6, 1e6, 100).unsqueeze(1).expand(-1, 2), small):
+        layer.update_grid(x)
+        assert torch.allclose(layer.grid, torch.stack([x.amin(0), x.amax(0)], 1))
+        assert layer(x).isfinite().all()
+    before = layer.grid.clone()
+    layer.update_grid(small.double() + 1e8)  # 0.8 at 1e8 is nothing in float32
+    assert torch.equal(layer.grid, before)
+    with pytest.raises(ValueError, match="spread is -1"):
+        layer.update_grid(small, spread=-1)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(0, 6), torch.zeros(4, 5), torch.full((4, 6), float("nan"))])
@@ -319,12 +335,28 @@ def test_functions_are_per_edge():
         ({"spline_order": 4}, "spline_order must be 1, 2 or 3, got 4"),
         ({"grid_range": (1.0, 1.0)}, r"lo < hi, got \(1.0, 1.0\)"),
         ({"grid_range": (0.0, float("inf"))}, "finite"),
+        ({"grid_range": (1e8, 1e8 + 1)}, "differ in float32"),
+        ({"grid_range": (-1e39, 1e39)}, "finite"),
         ({"base_activation": "swish"}, "'swish'; choose None or one of silu"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         KANLinear(**({"in_features": 3, "out_features": 4} | arguments))
+
+
+@pytest.mark.parametrize("base_activation", [None, "silu"])
+def test_a_wrong_input_is_named(base_activation):
+    layer = KANLinear(8, 3, base_activation=base_activation)
+    for shape in ((5, 1), (5, 7), ()):
+        with pytest.raises(ValueError, match=r"takes \(\.\.\., 8\), got " + re.escape(str(shape))):
+            layer(torch.randn(shape))
+
+
+def test_sizes_may_be_of_numpy():
+    layer = KANLinear(np.int64(4), np.int64(3), np.int32(5))
+    layer.extend_grid(np.int64(10))
+    assert [type(size) for size in (layer.in_features, layer.out_features, layer.grid_size)] == [int] * 3
 
 
 def test_bad_blocks_are_named():

@@ -860,6 +860,18 @@ def test_update_grid(tmp_path):
     assert_grids(AutoModelForCausalLM.from_pretrained(tmp_path), grids)
 
 
+def test_grids_are_fitted_without_dropout():
+    model = tiny_model(ffn_type="kan", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    once = copy.deepcopy(model)
+    for each in (once, model):
+        each.update_grid(tokens(8, 64))
+    assert [module.training for module in model.modules()] == modes
+    for (_, layer), (_, same) in zip(model.kan_layers(), once.kan_layers()):
+        assert torch.equal(layer.grid, same.grid)
+
+
 def test_out_of_grid_fraction_of_a_compiled_model():
     torch._dynamo.reset()
     model = tiny_model()
@@ -958,7 +970,7 @@ IMPOSSIBLE = {
     "ffn_type": ["KAN", "moe"],
     "grid_size": [0, -3],
     "spline_order": [0, 4],
-    "grid_range": [(1.0, 1.0), (2.0, -2.0), (-math.inf, 1.0), (math.nan, 1.0), (1.0,), (0.0, 1.0, 2.0)],
+    "grid_range": [(1.0, 1.0), (1e8, 1e8 + 1), (2.0, -2.0), (-math.inf, 1.0), (math.nan, 1.0), (1.0,), (0.0, 1.0, 2.0)],
     "base_activation": ["swish"],
     "hidden_act": ["swish"],
 }

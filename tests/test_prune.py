@@ -227,11 +227,15 @@ def test_choose_units():
     assert [k.tolist() for k in choose_units(importance, 0.5, multiple_of=4)] == [[0, 2, 3, 4], [0, 2, 3, 4]]
     assert [len(k) for k in choose_units(importance, 0.99, "global")] == [1, 1]  # a block keeps a unit
     assert [k.tolist() for k in choose_units(importance, 0.0)] == [list(range(6))] * 2
+    dead = [torch.tensor([1.0, 1, 1, 0, 0, 0]), torch.tensor([3.0, 0, 2, 2])]
+    assert [k.tolist() for k in choose_units(dead, 0.5, "global")] == [[0, 1], [0, 2, 3]]  # ties too
+    assert [k.tolist() for k in choose_units(dead[:1], 0.2, "global")] == [[0, 1, 2, 3, 4]]
     for share in (-0.1, 1, float("nan")):
         with pytest.raises(ValueError, match=f"share is {share}"):
             choose_units(importance, share)
     with pytest.raises(ValueError, match="scope is 'layer'; choose one of uniform, global"):
         choose_units(importance, 0.1, "layer")
+    assert choose_units([], 0.5, "global") == []
     with pytest.raises(ValueError, match="NaN or infinite"):
         choose_units([torch.tensor([1.0, float("nan")])], 0.1)
 

@@ -186,6 +186,11 @@ def test_a_bpe_of_no_size_is_refused(name, tmp_path):
         load_tokenizer(name, 128, Corpus("tinyshakespeare"), tmp_path)
 
 
+def test_a_bpe_without_a_corpus_is_refused():
+    with pytest.raises(ValueError, match="'bpe:4096' is trained on a corpus"):
+        load_tokenizer("bpe:4096", 128)
+
+
 def test_too_little_text_for_a_bpe_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a small text, a small text\n" * 9)
     with pytest.raises(ValueError, match=r"yields a BPE of only \d+ tokens: give more text, or .* bpe:4096"):

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 class Settings:
     # what is trained, on what
     model: str = "configs/models/tiny_kan_gated.json"  # a model configuration that AutoConfig reads
-    model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.ffn_type swiglu
+    model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.num_hidden_layers 6
     data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
     text_column: str = "text"  # the text's field in .jsonl files and hub datasets
     max_documents: int | None = None  # read at most so many
@@ -159,10 +159,18 @@ def parse(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
+# Fields that transformers takes from a json and stores under other names, or not at all
+OLD_FIELDS = {"auto_map", "torch_dtype", "rope_theta", "rope_scaling"}
+# What the width of a block of given parameters depends on
+BLOCK_FIELDS = {"ffn_type", "hidden_size", "grid_size", "spline_order", "base_activation", "project_value"}
+
+
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The model's configuration: the json file, then what follows from the tokenizer, then the overrides.
 
-    The vocabulary is the tokenizer's, rounded up to a multiple of 64 (shards and tensor cores want that).
+    The vocabulary is the tokenizer's, rounded up to a multiple of 64 (shards and tensor cores want that). The json's
+    intermediate_size belongs to its block: where an override changes that, the usual width takes its place, at which
+    all blocks have as many parameters, unless intermediate_size is overridden too.
     """
     num_tokens = len(tokenizer)
     path = Path(settings.model)
@@ -170,10 +178,13 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
         raise FileNotFoundError(f"model {settings.model!r} is not a file (looked from {Path.cwd()})")
     fields = json.loads(path.read_text()) | {"vocab_size": -(-num_tokens // 64) * 64}
     fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    known = set(AutoConfig.for_model(fields["model_type"]).to_dict()) | set(fields)
-    for key in settings.model_overrides:
+    known = set(AutoConfig.for_model(fields["model_type"]).to_dict()) | OLD_FIELDS
+    for key in (*fields, *settings.model_overrides):
         if key not in known:
-            raise ValueError(f"unknown model field {key!r}{_nearest(key, known)}")
+            where = "" if key in settings.model_overrides else f" in {path}"
+            raise ValueError(f"unknown model field {key!r}{where}{_nearest(key, known)}")
+    if fields["model_type"] == "kansformer" and BLOCK_FIELDS & set(settings.model_overrides):
+        fields.pop("intermediate_size", None)
     fields |= settings.model_overrides
     if fields["vocab_size"] < num_tokens:
         raise ValueError(f"model.vocab_size {fields['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")

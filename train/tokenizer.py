@@ -44,7 +44,11 @@ def load_tokenizer(
         return byte_tokenizer(model_max_length)
     if name.startswith("bpe:"):
         size = name.removeprefix("bpe:")
-        if corpus is None or not size.isdecimal() or int(size) < 258:
+        if corpus is None:
+            raise ValueError(
+                f"tokenizer {name!r} is trained on a corpus, and there is none here: name one that is made"
+            )
+        if not size.isdecimal() or int(size) < 258:
             raise ValueError(f"tokenizer {name!r} must be bpe:SIZE, SIZE at least 258 (256 bytes and 2 special tokens)")
         return bpe_tokenizer(corpus, int(size), cache_dir, model_max_length, progress=progress)
     bare_bpe = (Path(name) / "merges.txt").is_file() and not (Path(name) / "tokenizer_config.json").is_file()

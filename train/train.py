@@ -1,6 +1,6 @@
 """Train a causal language model: one yaml a run, any number of processes, killed and resumed at will.
 
-    python train/train.py configs/train/demo.yaml --learning_rate 1e-3 --model.ffn_type swiglu
+    python train/train.py configs/train/demo.yaml --learning_rate 1e-3 --model.grid_size 7
     torchrun --nproc_per_node 2 train/train.py configs/train/demo.yaml --device cpu
     accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train.py configs/train/125m.yaml
 

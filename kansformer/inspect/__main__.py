@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of the text to use, at most; default %(default)s")
     parser.add_argument("--sequence_length", type=int, default=256, help="default %(default)s")
     options = parser.parse_args(arguments)
+    if options.output.is_dir():
+        parser.error(f"--output {options.output} is a folder: name a file")
     try:
         model, tokenizer = load(options.model)
         batches = token_batches(

@@ -261,7 +261,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
         kind = getattr(getattr(model, "config", None), "ffn_type", type(model).__name__)
         raise ValueError(
             f"this model ({kind}) has no KAN layers, so no edge functions to inspect; "
-            "kansformer.prune takes feed-forward blocks of every kind"
+            "kansformer.prune takes a Kansformer's feed-forward blocks of every kind"
         )
 
     def count(layer: KANLinear, args: tuple, kwargs: dict) -> None:

@@ -11,6 +11,7 @@ one range for each input: knots at the quantiles of the samples, as the paper's 
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ def fit(
         `lamb`. Shorter than `steps` where L-BFGS can lower the loss no further, or the fit was stopped.
     Warns:
         RuntimeWarning: if the loss is not finite; the last good parameters are restored and the fit ends.
+        UserWarning: for input columns that are constant, or nearly so for their size.
     Raises:
         ValueError, TypeError: for data that do not fit the network, or an unknown optimizer.
     """
@@ -74,13 +76,23 @@ def fit(
         raise ValueError(f"optimizer is {optimizer!r}; choose 'lbfgs' or 'adam'")
     if optimizer == "lbfgs" and batch_size is not None:
         raise ValueError("L-BFGS takes all samples at once; leave batch_size out or use optimizer='adam'")
-    for name, value in (("steps", steps), ("grid_updates", grid_updates), ("grid_update_until", grid_update_until)):
-        if not isinstance(value, int) or value < 1:
+    counts = {"steps": steps, "grid_updates": grid_updates, "grid_update_until": grid_update_until}
+    if batch_size is not None:
+        counts["batch_size"] = batch_size
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if not lamb >= 0:
+        raise ValueError(f"lamb is {lamb}: it must not be negative, the weight of a penalty")
     data = _dataset(model, dataset)
-    constant = (data.train_input.amin(0) == data.train_input.amax(0)).nonzero().flatten().tolist()
+    low, high = data.train_input.aminmax(dim=0)
+    constant = (low == high).nonzero().flatten().tolist()
     if constant and len(data.train_input) > 1:
         warnings.warn(f"input columns {constant} are constant: nothing can be learned from them", stacklevel=2)
+    narrow = (high - low <= 1e-6 * torch.maximum(low.abs(), high.abs())) & (low < high)
+    if narrow := narrow.nonzero().flatten().tolist():
+        remedy = "grids are float32 and cannot follow; subtract the mean"
+        warnings.warn(f"input columns {narrow} vary by less than a millionth of their size: {remedy}", stacklevel=2)
     weights = _Regularisation(lamb, lamb_l1, lamb_entropy, lamb_coef, lamb_coefdiff)
     run = _Run(model, data, weights, loss, steps, progress)
     every = max(1, grid_update_until // grid_updates)

@@ -11,12 +11,13 @@ never does; edges are a batched product, no loop over in x out exists.
 import copy
 import os
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kansformer.functional import kan_linear
+from kansformer.functional import kan_linear, under_transform
 from kansformer.kan import fitting, formula, plot, pruning, storage, symbolic
 from kansformer.kernels import torch_kan
 from kansformer.layers import KANLinear
@@ -56,7 +57,8 @@ class KANLayer(nn.Module):
     def forward(self, x: Tensor, features: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """x (N, I) to nodes (N, sums + products); `features`, where x was seen before, is `self.features(x)`."""
         linear = self.linear
-        if features is None and x.numel() * linear.num_basis * x.element_size() > DENSE_BYTES:
+        large = x.numel() * linear.num_basis * x.element_size() > DENSE_BYTES
+        if features is None and (large or under_transform()):
             subnodes = self._fused(x)
         else:
             subnodes = _Dense.apply(x, linear.spline_weight, linear.base_weight, self, features, False)
@@ -208,8 +210,11 @@ class KAN(nn.Module):
         return self.layers[0].linear.spline_weight.device
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, n_in), any float dtype (converted to the network's), to (N, n_out)."""
+        """x (N, n_in), any float dtype (converted to the network's, under autocast too), to (N, n_out)."""
         x = self._input(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -407,10 +412,10 @@ def _check_width(width: Sequence[int | Sequence[int]]) -> list[list[int]]:
     pairs = []
     for nodes in width:
         pair = list(nodes) if isinstance(nodes, Sequence) and not isinstance(nodes, str) else [nodes, 0]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in pair)
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in pair)
         if len(pair) != 2 or not whole or sum(pair) < 1:
             raise ValueError(f"a layer of width is a number of nodes or [sums, products], got {nodes!r} in {width!r}")
-        pairs.append(pair)
+        pairs.append([int(n) for n in pair])
     if pairs[0][1]:
         raise ValueError(f"inputs are not products: width must begin with a number, got {width[0]!r}")
     return pairs

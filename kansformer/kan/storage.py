@@ -18,6 +18,8 @@ def save(model: "KAN", folder: str | os.PathLike) -> None:
     """Write `folder`/model.safetensors and config.json, each through a temporary file: whole or absent."""
     from safetensors.torch import save_file
 
+    if model.dtype not in DTYPES.values():
+        raise ValueError(f"the network is in {model.dtype}; save it in one of {', '.join(DTYPES)}, as with .float()")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, **model.config(), "inputs": model.inputs}

@@ -13,6 +13,7 @@ stays in the function's domain, see `symbolic_fit`.)
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -275,11 +276,11 @@ def _edge_samples(model: "KAN", layer: int, x: Tensor | None) -> tuple[Tensor, T
 
 
 def _check_edge(model: "KAN", layer: int, i: int, o: int) -> None:
-    if not isinstance(layer, int) or not 0 <= layer < len(model.layers):
+    if not isinstance(layer, Integral) or not 0 <= layer < len(model.layers):
         raise ValueError(f"no layer {layer!r}: this network has layers 0 to {len(model.layers) - 1}")
     outputs, inputs = model.layers[layer].edge_mask.shape
     for what, index, count in (("input", i, inputs), ("output subnode", o, outputs)):
-        if not isinstance(index, int) or not 0 <= index < count:
+        if not isinstance(index, Integral) or not 0 <= index < count:
             raise ValueError(f"no {what} {index!r} in layer {layer}: it has 0 to {count - 1}")
     if model.layers[layer].edge_mask[o, i] == 0:
         raise ValueError(f"edge {i} -> {o} of layer {layer} is pruned: it is 0 and has no function")

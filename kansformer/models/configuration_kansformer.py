@@ -1,6 +1,5 @@
 """Configuration of the Kansformer: a Llama-family decoder whose feed-forward block may be a KAN block."""
 
-import math
 import os
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from kansformer.functional import BASE_ACTIVATIONS
-from kansformer.layers import FFN_TYPES, match_intermediate_size
+from kansformer.layers import FFN_TYPES, is_range, match_intermediate_size
 
 from .remote_code import AUTO_MAP, MODULES, write_remote_code
 
@@ -278,12 +277,10 @@ class KansformerConfig(PreTrainedConfig):
             1 <= self.spline_order <= 3, "spline_order", self.spline_order, "must be 1, 2 or 3, the closed-form orders"
         )
         _require(
-            len(self.grid_range) == 2
-            and all(math.isfinite(bound) for bound in self.grid_range)
-            and self.grid_range[0] < self.grid_range[1],
+            len(self.grid_range) == 2 and is_range(*self.grid_range),
             "grid_range",
             self.grid_range,
-            "must be two finite numbers (lo, hi) with lo < hi",
+            "must be two finite numbers (lo, hi) with lo < hi, apart in float32",
         )
 
     def _report_inert_fields(self) -> None:

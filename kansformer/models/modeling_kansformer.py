@@ -235,15 +235,18 @@ class KansformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _visit_kan_inputs(self, visit: Callable[[str, KANLinear, torch.Tensor], None], *args, **kwargs) -> None:
-        """Run the model once, and call `visit` with the name, layer and input of each KAN layer just before it runs."""
+        """Run the model once, without dropout, and call `visit` with the name, layer and input of each KAN layer."""
+        training = {module for module in self.modules() if module.training}
         hooks = [
             layer.register_forward_pre_hook(lambda layer, inputs, name=name: visit(name, layer, inputs[0]))
             for name, layer in self.kan_layers()
         ]
         try:
             with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-                self(*args, **kwargs)
+                self.eval()(*args, **kwargs)
         finally:
+            for module in training:
+                module.training = True
             for hook in hooks:
                 hook.remove()
 
