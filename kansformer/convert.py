@@ -59,8 +59,8 @@ def convert(
         for name, parameter in model.named_parameters(): parameter.requires_grad = name.endswith("spline_weight")
 
     Args:
-        model_or_path: a model, which is left as it is (one cast by .to(bfloat16) has rounded its rotary frequencies
-            too, and ours are exact: load it in its dtype instead); or a folder or hub name with safetensors weights, read one
+        model_or_path: a model, which is left as it is (.to(bfloat16) has rounded its rotary frequencies too, and ours
+            stay exact: load it in that dtype instead); or a folder or hub name with safetensors weights, read one
             tensor at a time; or a .gguf file, whose weights are dequantized to float32.
         calibration: a text, or token ids int64 (batch, seq), to run the model on. None: `grid_range` everywhere.
         tokenizer: for a calibration text where a model is given; with a path it is found there.

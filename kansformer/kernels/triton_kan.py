@@ -102,7 +102,7 @@ def _kan_fwd_kernel(
         lo = tl.load(grid_ptr + (i0 + offs_i) * stride_grid, mask=fresh, other=0.0)
         hi = tl.load(grid_ptr + (i0 + offs_i) * stride_grid + 1, mask=fresh, other=1.0)
         if c == 0:
-            t = (x.to(tl.float32) - lo[None, :]) * (GRID_SIZE / (hi - lo))[None, :] - (1 - ORDER) / 2
+            t = (x.to(tl.float32) - lo[None, :]) * tl.div_rn(GRID_SIZE * 1.0, hi - lo)[None, :] - (1 - ORDER) / 2
             if HAS_GATE:
                 gate = fresh_gate
         w_tile_ptr = w_ptr + (tl.cast(i0, tl.int64) * C + c) * O
