@@ -440,6 +440,18 @@ def fsdp2_environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_fsdp2_in_bfloat16_keeps_losses_and_gradients_whole(workplace, tmp_path):
+    environment = fsdp2_environment() | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    sharded, copied = tmp_path / "sharded", tmp_path / "copied"
+    for output, script, extra in ((sharded, "tests/fsdp_on_cpu.py", environment), (copied, "train/train.py", {})):
+        finish(launch(command(workplace, output, steps=10, precision="bf16"), 2, script, **extra))
+    losses = lines(sharded, "loss")
+    exact = torch.tensor(list(losses.values()))
+    assert not torch.equal(exact, exact.bfloat16().float())
+    assert losses == pytest.approx(lines(copied, "loss"), abs=5e-3)
+
+
+@pytest.mark.slow
 def test_fsdp2_trains_checkpoints_resumes_and_reshards(workplace, straight, tmp_path):
     """By accelerate's own route in two processes: 2 -> 2 bit-equal; 2 -> 1, 1 -> 2 and the run of one to rounding."""
     environment = fsdp2_environment() | {"ACCELERATE_TORCH_DEVICE": "cpu"}

@@ -34,6 +34,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -89,6 +90,9 @@ class Run:
             log_with=settings.tracker,
             project_dir=self.output / "tracker",
         )
+        if settings.precision == "bf16" and (plugin := getattr(accelerator.state, "fsdp_plugin", None)):
+            # accelerate's own would round the loss, and what processes add up of gradients, to bfloat16 as well
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
         check_world(settings, self.world, accelerator.distributed_type.value)
         self.micro_batch, self.accumulation = batch_split(settings, self.world)
