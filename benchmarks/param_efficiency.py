@@ -97,7 +97,7 @@ def main() -> None:
 
     models = {}
     for size, model in itertools.product(sweep["sizes"], sweep["models"]):
-        config = configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"])
+        config = configured(sweep, size, model)
         write(folder / "configs" / f"{size}_{model}.json", config.to_json_string())
         models[size, model] = config
     times = None
@@ -168,8 +168,14 @@ def weights_read(module: nn.Module) -> float:
 MATCHED = {"params": lambda module: sum(p.numel() for p in module.parameters()), "weights_read": weights_read}
 
 
-def configuration(size: dict, model: dict, reference: str, models: dict) -> KansformerConfig:
-    """The configuration of one cell, matched to the reference, or to another model, to the next 4 units."""
+def configured(sweep: dict, size: str, model: str) -> KansformerConfig:
+    """The configuration of one cell; in bf16 of widths that a GPU's tensor cores and loads like."""
+    multiple = 16 if sweep["train"].get("precision") == "bf16" else 4
+    return configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"], multiple)
+
+
+def configuration(size: dict, model: dict, reference: str, models: dict, multiple: int = 4) -> KansformerConfig:
+    """A block matched to the reference, or to another model, to the closest multiple of `multiple` units."""
     fields = size | model
     matched = fields.pop("match", "params")
     before = list(models)[: list(models.values()).index(model)]
@@ -177,16 +183,16 @@ def configuration(size: dict, model: dict, reference: str, models: dict) -> Kans
         raise ValueError(f"match is {matched!r}; choose {', '.join(MATCHED)} or a model that stands before it")
     if "intermediate_size" in model or model == models[reference]:
         return KansformerConfig(**fields)
-    target = configuration(size, models[matched if matched in before else reference], reference, models)
+    target = configuration(size, models[matched if matched in before else reference], reference, models, multiple)
     matched = "params" if matched in before else matched
 
     def cost(config: KansformerConfig, width: int) -> float:
         options = (config.ffn_type, config.hidden_size, width)
         return MATCHED[matched](feed_forward(*options, device="meta", **config.ffn_options))
 
-    config, goal = KansformerConfig(**fields | {"intermediate_size": 4}), cost(target, target.intermediate_size)
-    one, two = cost(config, 4), cost(config, 8)  # the cost is linear in the width
-    config.intermediate_size = 4 * max(1, round(1 + (goal - one) / (two - one)))
+    config, goal = KansformerConfig(**fields | {"intermediate_size": multiple}), cost(target, target.intermediate_size)
+    one, two = cost(config, multiple), cost(config, 2 * multiple)  # the cost is linear in the width
+    config.intermediate_size = multiple * max(1, round(1 + (goal - one) / (two - one)))
     return config
 
 
@@ -251,14 +257,11 @@ def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
     env, old = table["environment"], table["sweep"]
     made = env.get("trained") or stamp(env)
 
-    def block(of: dict, size: str, model: str) -> KansformerConfig:
-        return configuration(of["sizes"][size], of["models"][model], of["reference"], of["models"])
-
     found = {}
     for cell in table["cells"]:
         key = cell["size"], cell["model"]
         known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
-        if known and block(sweep, *key).to_dict() == block(old, *key).to_dict():
+        if known and configured(sweep, *key).to_dict() == configured(old, *key).to_dict():
             found[key] = {"trained": made} | cell
     return found
 
