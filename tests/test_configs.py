@@ -127,6 +127,7 @@ def test_command_line_overrides_the_file(yaml_file):
     assert settings_module.parse([yaml_file, "--max_grad_norm", "null"]).max_grad_norm is None
     overrides = settings_module.parse([yaml_file, "--model.ffn_type", "swiglu"]).model_overrides
     assert overrides == {"hidden_size": 64, "ffn_type": "swiglu"}
+    assert settings_module.parse([yaml_file, "--output_dir", "2024_11"]).output_dir == "2024_11"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def parse(arguments: list[str]) -> Settings:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `key: value` lines, not a {type(values).__name__}")
     values["model_overrides"] = dict(values.get("model_overrides") or {})
+    texts = {f.name for f in dataclasses.fields(Settings) if f.type is str}
     while arguments:
         option = arguments.pop(0)
         key, equals, value = option.removeprefix("--").partition("=")
@@ -151,7 +152,8 @@ def parse(arguments: list[str]) -> Settings:
                 raise ValueError(f"{option} needs a value")
             value = arguments.pop(0)
         target, name = (values["model_overrides"], key[6:]) if key.startswith("model.") else (values, key)
-        target[name] = _number(yaml.safe_load(value))
+        # A text is taken as it stands: yaml reads a folder named 2024_11 as a number
+        target[name] = value if target is values and name in texts else _number(yaml.safe_load(value))
     known = [f.name for f in dataclasses.fields(Settings)]
     for key in values:
         if key not in known:
