@@ -29,9 +29,9 @@ the baseline's loss L(x) interpolated linearly in log x between its sizes, and s
 
 at every size; the geometric mean over sizes. Its interval is 95% of 2,000 draws of every size's mean loss, given the
 seeds' losses: normal noise of one variance for all sizes of both models, which is drawn too, from its own distribution
-(so that a mean is Student's t about what was seen; three seeds resampled would be a fifth too sure). A baseline's size
-that another one of no greater x beats is left out of L: where sizes differ in how they spend parameters, it has its
-best.
+(so that a mean is Student's t about what was seen; three seeds resampled would be a fifth too sure). L is the lower
+convex hull of a baseline's sizes: one that lies above the line between two others has spent its x badly, since a size
+between those would do better.
 Beyond its sizes the end segments are continued: ratios of models that have much more than it are the less certain ones.
 """
 
@@ -404,9 +404,16 @@ def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[fl
 
 
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of sorted points that are lower than all before them."""
-    lowest = list(itertools.accumulate((y for _, y in points), min))
-    return [point for point, before in zip(points, [math.inf, *lowest]) if point[1] < before]
+    """The falling part of the lower convex hull of sorted points."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (x1 - x0) * (y - y0) > (y1 - y0) * (x - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull[: hull.index(min(hull, key=lambda point: point[1])) + 1]
 
 
 def interpolate(points: list[tuple[float, float]], x: float) -> float:

@@ -82,6 +82,7 @@ def test_ratio_is_what_was_put_in():
     assert differences == pytest.approx([-0.2 * math.log(1.3), 0], abs=1e-12)  # in the model's order
     spent_badly = [*points([10, 30, 90], 1.0), *points([31, 91], 0.1)]
     assert efficiency.match(points([20, 60], 1.3), spent_badly)[1] == pytest.approx(1.3)
+    assert efficiency.frontier([(0, 9), (1, 8.9), (2, 5), (2, 6), (3, 4), (4, 4.5)]) == [(0, 9), (2, 5), (3, 4)]
 
 
 def test_a_sweep_runs_once(tmp_path):
