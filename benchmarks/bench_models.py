@@ -56,7 +56,7 @@ def main() -> None:
     env = environment(options.device, dtype=str(dtype).removeprefix("torch."), **shape, rounds=options.rounds)
     print(header(env), flush=True)
     result = {"environment": env, "models": [], "growth": []}
-    output = (options.output / f"models_{options.device}").with_suffix(".json")
+    output = options.output / f"models_{options.device}.json"
     for name in options.models:
         trained = pair(name, dtype, options)
         rows = models(name, options.device, dtype, 3 * options.rounds)

@@ -87,7 +87,7 @@ class KANLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(in_features=in_features, out_features=out_features, grid_size=grid_size)
+        check_sizes(in_features=in_features, out_features=out_features, grid_size=grid_size)
         if spline_order not in (1, 2, 3):
             raise ValueError(f"spline_order must be 1, 2 or 3, got {spline_order}")
         lo, hi = (float(bound) for bound in grid_range)
@@ -215,7 +215,7 @@ class KANLinear(nn.Module):
         The function does not change where the new size is a multiple of the old one, and is the least-squares
         projection otherwise. `spline_weight` becomes a new, larger Parameter: build the optimizer anew.
         """
-        _check_sizes(grid_size=grid_size)
+        check_sizes(grid_size=grid_size)
         grid_size = int(grid_size)
         weight = self._refit(self.grid, grid_size)
         self.spline_weight = nn.Parameter(weight, requires_grad=self.spline_weight.requires_grad)
@@ -430,7 +430,7 @@ def feed_forward(ffn_type: str, hidden_size: int, intermediate_size: int, **opti
     """
     if ffn_type not in FFN_TYPES:
         raise ValueError(f"ffn_type is {ffn_type!r}; choose one of {', '.join(FFN_TYPES)}")
-    _check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
     return FFN_TYPES[ffn_type](hidden_size, intermediate_size, **options)
 
 
@@ -460,7 +460,7 @@ def match_intermediate_size(
     """
     if match not in ("params", "flops"):
         raise ValueError(f"match is {match!r}; choose 'params' or 'flops'")
-    _check_sizes(hidden_size=hidden_size, multiple_of=multiple_of)
+    check_sizes(hidden_size=hidden_size, multiple_of=multiple_of)
     if reference_size is None:
         usual = 8 * hidden_size / 3 if reference == "swiglu" else 4 * hidden_size
         reference_size = math.ceil(usual / multiple_of) * multiple_of
@@ -539,7 +539,8 @@ def is_range(lo: float, hi: float) -> bool:
     return math.isfinite(lo) and math.isfinite(hi) and lo < hi
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for the first size, by its name, that is no whole number of at least 1."""
     for name, size in sizes.items():
         if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")

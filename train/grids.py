@@ -27,7 +27,7 @@ def update_grids(
     go through a linear map, so the layer starts over as at the first step.
 
     Args:
-        model: with `kan_layers()`, unwrapped but for FSDP2.
+        model: a Kansformer, unwrapped but for FSDP2.
         inputs: input ids (b, T), one share after the other.
         tokens: B * T of the global batch, over all processes and shares.
         spread: standard deviations on either side of the mean.
@@ -36,24 +36,12 @@ def update_grids(
     layers = dict(model.kan_layers())
     samples: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
-    def collect(name: str, x: torch.Tensor) -> None:
+    def collect(name: str, layer: nn.Module, x: torch.Tensor) -> None:
         every = min(stride, x.shape[1])
         samples[name].append(x[:, every // 2 :: every].flatten(0, 1).clone())
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: collect(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-            for input_ids in inputs:
-                model(input_ids=input_ids, logits_to_keep=1, use_cache=False)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    for input_ids in inputs:
+        model.visit_kan_inputs(collect, input_ids=input_ids, logits_to_keep=1, use_cache=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -11,7 +11,6 @@ one range for each input: knots at the quantiles of the samples, as the paper's 
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kansformer.kan.data import Dataset
+from kansformer.layers import check_sizes
 
 if TYPE_CHECKING:
     from kansformer.kan.network import KAN
@@ -79,9 +79,7 @@ def fit(
     counts = {"steps": steps, "grid_updates": grid_updates, "grid_update_until": grid_update_until}
     if batch_size is not None:
         counts["batch_size"] = batch_size
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    check_sizes(**counts)
     if not lamb >= 0:
         raise ValueError(f"lamb is {lamb}: it must not be negative, the weight of a penalty")
     data = _dataset(model, dataset)

@@ -218,7 +218,7 @@ class KansformerPreTrainedModel(PreTrainedModel):
         def record(name: str, layer: KANLinear, x: torch.Tensor) -> None:
             fractions[name] = layer.out_of_grid_fraction(x)
 
-        self._visit_kan_inputs(record, *args, **kwargs)
+        self.visit_kan_inputs(record, *args, **kwargs)
         return fractions
 
     def update_grid(self, *args, spread: float = 4.0, **kwargs) -> None:
@@ -231,10 +231,10 @@ class KansformerPreTrainedModel(PreTrainedModel):
             *args, **kwargs: passed to the model, such as `input_ids`. Padding counts like any other token.
             spread: standard deviations that a grid reaches on either side of the mean.
         """
-        self._visit_kan_inputs(lambda name, layer, x: layer.update_grid(x, spread), *args, **kwargs)
+        self.visit_kan_inputs(lambda name, layer, x: layer.update_grid(x, spread), *args, **kwargs)
 
     @torch.no_grad()
-    def _visit_kan_inputs(self, visit: Callable[[str, KANLinear, torch.Tensor], None], *args, **kwargs) -> None:
+    def visit_kan_inputs(self, visit: Callable[[str, KANLinear, torch.Tensor], None], *args, **kwargs) -> None:
         """Run the model once, without dropout, and call `visit` with the name, layer and input of each KAN layer."""
         training = {module for module in self.modules() if module.training}
         hooks = [
