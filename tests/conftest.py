@@ -1,6 +1,9 @@
 import os
+import subprocess
+import sys
 
 import pytest
+import scripts
 import torch
 
 # Kernels run in triton's interpreter where there is no GPU; it must be asked for before triton is imported.
@@ -24,6 +27,22 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Python scripts that a script starts by subprocess.run are forked, see `scripts`."""
+    run = subprocess.run
+
+    def fork(command, check=False, **options):
+        if command[0] != sys.executable:
+            return run(command, check=check, **options)
+        done = scripts.run(*command[1:])
+        if check:
+            done.check_returncode()
+        return done
+
+    monkeypatch.setattr(subprocess, "run", fork)
 
 
 @pytest.fixture

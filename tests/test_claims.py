@@ -2,11 +2,11 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 CLAIMS = Path(__file__).parents[1] / "benchmarks" / "claims"
@@ -26,39 +26,14 @@ pytest.importorskip("sympy")
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict]:
-    """What each script wrote; side by side, one thread each, because most of a quick run is importing torch."""
-    folder = tmp_path_factory.mktemp("claims")
-    environment = {"OMP_NUM_THREADS": "1"}
-    found = {}
-    names = list(claims.CLAIMS)
-    while names:
-        pair, names = names[:2], names[2:]
-        runs = {name: start(name, folder, environment) for name in pair}
-        for name, run in runs.items():
-            printed, errors = run.communicate(timeout=500)
-            assert run.returncode == 0, errors
-            found[name] = {"printed": printed, "folder": folder}
-    return found
-
-
-def start(name: str, folder: Path, environment: dict) -> subprocess.Popen:
-    import os
-
-    command = [sys.executable, str(CLAIMS / f"{name}.py"), "--quick", "--output", str(folder)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-
-
 @pytest.mark.parametrize("name", claims.CLAIMS)
-def test_script_writes_table_data_and_picture(results, name):
-    folder = results[name]["folder"]
-    result = json.loads((folder / f"{name}.json").read_text())
-    text = (folder / f"{name}.md").read_text()
-    assert (folder / f"{name}.png").stat().st_size > 20_000
-    assert not list(folder.glob("*.part*"))
+def test_script_writes_table_data_and_picture(name, tmp_path):
+    run = scripts.run(f"benchmarks/claims/{name}.py", "--quick", "--output", tmp_path)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    text = (tmp_path / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.png").stat().st_size > 20_000
+    assert not list(tmp_path.glob("*.part*"))
     for key in ("commit", "device", "torch", "dtype"):
         assert str(result["environment"][key]) in text
     # The verdict is the criteria's, in what was printed and in what was written.
@@ -66,8 +41,8 @@ def test_script_writes_table_data_and_picture(results, name):
     expected = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
     assert result["verdict"] == expected
     assert f"**Verdict: {expected}.**" in text
-    assert f"**Verdict: {expected}.**" in results[name]["printed"]
-    row = next(line for line in claims.table(folder).splitlines() if f"{name}.md" in line)
+    assert f"**Verdict: {expected}.**" in run.stdout
+    row = next(line for line in claims.table(tmp_path).splitlines() if f"{name}.md" in line)
     assert result["claim"] in row.replace("\\|", "|")
 
 

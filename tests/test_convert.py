@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -105,14 +105,14 @@ def tokenizer():
 
 
 def assert_same_function(ours, theirs, length=24):
-    """Bit for bit: logits with left padding, and 64 greedy tokens with the cache."""
+    """Bit for bit: logits with left padding, and 24 greedy tokens with the cache."""
     mask = torch.ones(2, length, dtype=torch.long)
     mask[0, :3] = 0
     inputs = {"input_ids": tokens(length), "attention_mask": mask}
     assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
-    settings = {"max_new_tokens": 64, "do_sample": False}
+    settings = {"max_new_tokens": 24, "do_sample": False}
     texts = ours.generate(**inputs, **settings), theirs.generate(**inputs, **settings)
-    assert texts[0].shape == (2, length + 64)
+    assert texts[0].shape == (2, length + 24)
     assert torch.equal(*texts)
 
 
@@ -251,8 +251,7 @@ def test_a_checkpoint_becomes_a_checkpoint(tmp_path):
     text = " ".join(f"w{index}" for index in range(100))
     arguments = [str(tmp_path / "source"), str(tmp_path / "made"), "--max_shard_size", "200KB", "--grid_size", "4"]
     (tmp_path / "text").write_text(text)
-    command = [sys.executable, "-m", "kansformer.convert", *arguments, "--calibrate", str(tmp_path / "text")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = scripts.run("-m", "kansformer.convert", *arguments, "--calibrate", tmp_path / "text")
     assert run.returncode == 0, run.stderr
     said, difference = run.stdout.rsplit(" ", 1)
     assert said.endswith("the largest difference between a logit and the source's is")
@@ -442,12 +441,11 @@ def test_fine_tuning_script(tmp_path):
     checkpoint(tmp_path / "source", family="smollm3")
     words = " ".join(f"w{2 + index % 7}" for index in range(4000))
     (tmp_path / "text").write_text("\n".join([words] * 3))
-    command = [sys.executable, "benchmarks/bench_finetune.py", str(tmp_path / "source"), "--steps", "12"]
-    command += ["--output", str(tmp_path / "table")]
+    command = ["benchmarks/bench_finetune.py", tmp_path / "source", "--steps", "12", "--output", tmp_path / "table"]
     command += ["--train_text", str(tmp_path / "text"), "--valid_text", str(tmp_path / "text")]
     command += ["--sequence_length", "32", "--valid_sequences", "4"]
     command += ["--rate", "splines=3e-2", "--rate", "lora=1e-2", "--rate", "full=1e-3"]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    run = scripts.run(*command)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "table/table.json").read_text())["results"]
     assert [result["method"] for result in results] == ["splines", "lora", "full"]

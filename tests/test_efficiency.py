@@ -3,7 +3,6 @@
 import bz2
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,14 +84,26 @@ def test_ratio_is_what_was_put_in():
     assert efficiency.frontier([(0, 9), (1, 8.9), (2, 5), (2, 6), (3, 4), (4, 4.5)]) == [(0, 9), (2, 5), (3, 4)]
 
 
-def test_a_sweep_runs_once(tmp_path):
+@pytest.mark.usefixtures("forked")
+def test_a_sweep_runs_once(tmp_path, monkeypatch):
     path = tmp_path / "tiny.yaml"
     text = sweep()
     text["train"]["cache_dir"] = str(tmp_path / "cache")
     path.write_text(yaml.safe_dump(text))
-    folders = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out"), "--rounds", "1"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "param_efficiency.py"), str(path), *folders]
-    subprocess.run(command, check=True, timeout=300)
+
+    def main(*options: str) -> None:
+        command = [
+            "param_efficiency.py",
+            str(path),
+            "--runs",
+            str(tmp_path / "runs"),
+            "--output",
+            str(tmp_path / "out"),
+        ]
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        efficiency.main()
+
+    main("--rounds", "1")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
     assert len(made) == 4
     result = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -106,7 +117,7 @@ def test_a_sweep_runs_once(tmp_path):
     more = text | {"models": text["models"] | {"wider": {"ffn_type": "swiglu", "intermediate_size": 64}}}
     path.write_text(yaml.safe_dump(more))
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    subprocess.run([*command, "--keep"], check=True, timeout=300)
+    main("--rounds", "1", "--keep")
     assert len(list((tmp_path / "runs").rglob("results.json"))) == 2  # the new model at both sizes
     kept = json.loads((tmp_path / "out" / "table.json").read_text())
     losses = {(cell["size"], cell["model"]): cell["losses"] for cell in kept["cells"]}
@@ -118,7 +129,7 @@ def test_a_sweep_runs_once(tmp_path):
     changed = efficiency.read(path)
     changed["models"]["kan_gated"] = {"ffn_type": "kan_gated", "grid_size": 5}
     assert set(efficiency.trained_cells(changed, kept)) == {key for key in losses if key[1] != "kan_gated"}
-    subprocess.run([*command[:-1], "0", "--keep"], check=True, timeout=300)
+    main("--rounds", "0", "--keep")
     assert json.loads((tmp_path / "out" / "table.json").read_text())["comparisons"] == kept["comparisons"]
     path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
     with pytest.raises(ValueError, match="of another sweep"):

@@ -20,7 +20,7 @@ from kansformer.layers import KANLinear
 I, O, G = 13, 7, 5
 
 
-def tensors(rows, spline_order, gated=False, based=True, dtype=torch.float64, x_dtype=None, grid_size=G):
+def tensors(rows, spline_order, gated=False, based=True, dtype=torch.float64, x_dtype=None, grid_size=G, I=I, O=O):
     """Random operands of one layer, scaled for outputs of about unit size; one grid a feature."""
     x_dtype = x_dtype or dtype
     count = splines.num_basis(grid_size, spline_order)
@@ -163,7 +163,7 @@ def test_shapes_and_strides():
 
 
 def test_gradcheck_twice():
-    t = tensors(3, 3, gated=True)
+    t = tensors(3, 3, gated=True, I=3, O=2)
     x, gate, spline_weight, grid, base_weight = t.values()
 
     def f(x, gate, spline_weight, base_weight):

@@ -3,8 +3,6 @@
 import base64
 import re
 import struct
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -316,14 +314,6 @@ def test_command(folder, capsys):
         assert fact in page.text, fact
     assert "R²" in page.text
     assert str(output) in capsys.readouterr().out
-
-
-def test_command_runs_as_a_module():
-    run = subprocess.run(
-        [sys.executable, "-m", "kansformer.inspect", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert "--text" in run.stdout
 
 
 def test_command_says_what_is_wrong(folder):

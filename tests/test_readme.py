@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,19 +30,20 @@ def test_commands_and_code(folder):
     printed = {}
     for language, text in blocks():
         if language == "python":
-            printed[text] = run(["-c", text.replace("range(50)", "range(2)")], folder)
+            (folder / "block.py").write_text(text.replace("range(50)", "range(2)"))
+            printed[text] = run(["block.py"], folder)
             continue
         for line in text.strip().splitlines():
             words = shlex.split(re.sub(r"--steps \d+", "--steps 2 --warmup_steps 1 --val_fraction 0.01", line))
-            program = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
             assert words[0] in ("python", "torchrun"), line
-            printed[line] = run(program + words[1:], folder)
+            launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+            printed[line] = run([*launcher, *words[1:]], folder)
     assert any("ROMEO:" in output for output in printed.values())
     assert any("exp(y**2 + sin(3.14" in output for output in printed.values())
 
 
 def run(arguments: list[str], folder: Path) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = scripts.run(*arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

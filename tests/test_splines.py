@@ -79,8 +79,9 @@ def test_derivatives(spline_order):
     def value(x):
         return splines.basis(x, grid, 5, spline_order)
 
-    assert torch.autograd.gradcheck(value, x)
-    assert torch.autograd.gradgradcheck(value, x)
+    few = off_knots(grid, 5, margin=0.5, count=60).unsqueeze(-1).requires_grad_()  # the Jacobian of n points is n x n
+    assert torch.autograd.gradcheck(value, few)
+    assert torch.autograd.gradgradcheck(value, few)
     closed = splines.basis(x, grid, 5, spline_order, derivative=True)
     cotangent = torch.randn_like(closed)
     assert_close((closed * cotangent).sum(-1), torch.autograd.grad(value(x), x, cotangent)[0], 1e-12)

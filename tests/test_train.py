@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import sys
 
 import checkpoint
@@ -449,20 +448,24 @@ def test_utilisation_where_the_device_is_known_and_where_not(monkeypatch):
 # The demonstration
 
 
-@pytest.mark.slow
-def test_demo(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "train/demo.py"), "--steps", "3", "--output_dir", str(tmp_path / "demo")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}")
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied:UserWarning")  # three steps make no curve
+@pytest.mark.usefixtures("forked")
+def test_demo(tmp_path, monkeypatch, capsys):
+    import demo
+    import matplotlib.pyplot as plt
+
+    (tmp_path / "demo.yaml").write_text(demo.SETTINGS.read_text() + "val_fraction: 0.01\n")
+    monkeypatch.setattr(demo, "SETTINGS", tmp_path / "demo.yaml")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--steps", "3", "--output_dir", str(tmp_path / "demo")])
+    with plt.rc_context():
+        demo.main()
+    plt.close("all")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}")
     results = json.loads((tmp_path / "demo/table.json").read_text())
     assert results["kan_gated"]["parameters"] == pytest.approx(results["swiglu"]["parameters"], rel=0.01)
     for column in ("feed-forward parameters", "bits per byte", "tokens/s", "peak memory (MB)"):
-        assert column in run.stdout
+        assert column in printed
     for picture in ("loss.png", "edges.png"):
         assert (tmp_path / "demo" / picture).stat().st_size > 20_000
 
