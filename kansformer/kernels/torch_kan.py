@@ -34,12 +34,12 @@ def forward(
 ) -> Tensor:
     """x (M, I), gate (M, I) or None, spline_weight (I*C, O), grid (I, 2) or (2,), base_weight (O, I): y (M, O)."""
     dtype = spline_weight.dtype
-    if base_weight is not None:
-        y = F.linear(_base_input(x, gate, base_activation, dtype), base_weight)
-    else:
-        y = x.new_zeros(x.shape[0], spline_weight.shape[1], dtype=dtype)
+    y = None if base_weight is None else F.linear(_base_input(x, gate, base_activation, dtype), base_weight)
     if use_decode(x.shape[0], grid_size + spline_order, spline_order, x.device.type):
-        return y.add_(_decode(x, gate, spline_weight, grid, grid_size, spline_order))
+        splines_alone = _decode(x, gate, spline_weight, grid, grid_size, spline_order)
+        return splines_alone if y is None else y.add_(splines_alone)
+    if y is None:
+        y = x.new_zeros(x.shape[0], spline_weight.shape[1], dtype=dtype)
     phi = None
     for rows in _chunks(x, spline_weight):
         phi = _buffer(phi, len(x[rows]), spline_weight)
@@ -266,19 +266,23 @@ def _scatter(columns: Tensor, values: Tensor, gate: Tensor | None, phi: Tensor) 
 
 
 def _decode(x: Tensor, gate: Tensor | None, weight: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> Tensor:
-    """The spline term for few rows: a weighted sum of the live coefficient rows, one bag a thread at least."""
-    columns, values, _ = _live(x, grid, grid_size, spline_order)
-    if gate is not None:
-        values = values * gate.unsqueeze(1)
-    index, values = columns.mT.flatten(), values.mT.flatten().to(weight.dtype)  # an input's live rows are adjacent
-    # embedding_bag sums a bag on one thread: split the inputs of a row into enough bags for all threads.
+    """The spline term for few rows: a weighted sum of the live coefficient rows. Few operations, because each of them
+    costs more than what it does where a layer is small."""
     rows, inputs = x.shape
-    bags = min(inputs, math.ceil(DECODE_BAGS / rows))
-    step = math.ceil(inputs / bags)
-    starts = torch.arange(0, inputs, step, device=x.device)
-    offsets = (torch.arange(rows, device=x.device).unsqueeze(1) * inputs + starts) * (spline_order + 1)
-    sums = F.embedding_bag(index, weight, offsets.flatten(), mode="sum", per_sample_weights=values)
-    return sums.view(rows, len(starts), -1).sum(1)
+    first, s = splines.live_basis(x, grid, grid_size, spline_order)
+    r = torch.arange(spline_order + 1, device=x.device)
+    values, _ = _cardinal(s.unsqueeze(-1) - r, spline_order, False)  # (rows, I, k + 1)
+    if gate is not None:
+        values = values * gate.unsqueeze(-1)
+    count = grid_size + spline_order
+    first += torch.arange(0, inputs * count, count, device=x.device)
+    # embedding_bag sums a bag on one thread: the inputs of a row are split into enough bags for all threads.
+    most = math.ceil(DECODE_BAGS / rows)
+    bags = max(n for n in range(1, most + 1) if inputs % n == 0)
+    shape = rows * bags, -1
+    index = (first.unsqueeze(-1) + r).view(shape)
+    sums = F.embedding_bag(index, weight, mode="sum", per_sample_weights=values.view(shape).to(weight.dtype))
+    return sums if bags == 1 else sums.view(rows, bags, -1).sum(1)
 
 
 DECODE_BAGS = 16
