@@ -205,6 +205,8 @@ def _int8_by_rows(weight: Tensor) -> bool:
 def under_transform() -> bool:
     """Whether torch.func (grad, jvp, vmap, ...) or forward-mode differentiation is at work, which only plain operations
     take part in: through the operator tangents would be zero, without a word."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch._C._are_functorch_transforms_active()  # a constant to dynamo, which traces tangents as one of them
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

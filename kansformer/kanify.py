@@ -10,6 +10,7 @@ Nothing outside the model's own modules changes: no class, no function of transf
 """
 
 import fnmatch
+import functools
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kansformer.layers import FFN_TYPES, KANLinear, feed_forward
+from kansformer.layers import FFN_TYPES, KANLinear, evaluating, feed_forward
 
 PLAN, WEIGHTS = "kanify.json", "kanify.safetensors"
 
@@ -60,6 +61,8 @@ def kanify(
 ) -> list[str]:
     """Replace the feed-forward blocks of a model by KAN blocks, in place.
 
+    From then on the model's `save_pretrained` (and so Trainer) writes what `load_kanified` reads: see `save_kanified`.
+
     The model runs once: a block is where an elementwise module takes just what a linear layer gives, and gives just
     what another takes. Its second layer becomes a `KANDown`, its activation moves there, and the model runs again:
     outputs that changed undo everything. Dropout between the two then comes before the activation.
@@ -80,6 +83,8 @@ def kanify(
     """
     if getattr(model, "kanified", None):
         raise ValueError("the model is kanified already: replace all blocks in one call, or start from the original")
+    if not isinstance(inputs, Mapping | None):
+        raise TypeError(f"inputs must be keyword arguments of the model, {{name: tensor}}, not {type(inputs).__name__}")
     given, inputs = inputs is not None, inputs if inputs is not None else _example(model)
     splines = {"grid_size": grid_size, "spline_order": spline_order, "grid_range": list(grid_range)}
     if ffn_type not in FFN_TYPES:
@@ -109,21 +114,34 @@ def kanify(
             )
         if given:
             _calibrate(model, plan, inputs)
-    model.kanified = plan
+    _remember(model, plan)
     return [step["block"] for step in plan]
 
 
-def save_kanified(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def _remember(model: nn.Module, plan: list[dict]) -> None:
+    model.kanified = plan
+    if isinstance(model, PreTrainedModel):  # its own would write names that it does not load
+        model.save_pretrained = functools.partial(save_kanified, model)
+
+
+def save_kanified(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    **options: object,
+) -> None:
     """Write the base model as an ordinary checkpoint, and beside it what `kanify` added.
 
-    Stock transformers loads the folder as the model it was, without splines; `load_kanified` with them.
+    Stock transformers loads the folder as the model it was, without splines; `load_kanified` with them. Arguments are
+    those of `save_pretrained`, whose place it takes on a kanified model.
     """
     if not getattr(model, "kanified", None):
         raise ValueError("the model has no replaced blocks: call kanify(model) first, or save_pretrained")
     added, base = {}, {}
     kept = {f"{step['down']}.down.": f"{step['down']}." for step in model.kanified if "down" in step}
     new = tuple(f"{step['block']}." for step in model.kanified if "down" not in step)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
         inside = next((prefix for prefix in kept if name.startswith(prefix)), None)
         if inside is not None:
             base[kept[inside] + name.removeprefix(inside)] = tensor
@@ -132,7 +150,9 @@ def save_kanified(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         else:
             base[name] = tensor
     folder = Path(folder)
-    model.save_pretrained(folder, state_dict=base)
+    type(model).save_pretrained(model, folder, state_dict=base, is_main_process=is_main_process, **options)
+    if not is_main_process:
+        return
     _write(folder / WEIGHTS, lambda path: save_file(added, path, metadata={"format": "pt"}))
     _write(folder / PLAN, lambda path: path.write_text(json.dumps(model.kanified, indent=2) + "\n"))
 
@@ -144,7 +164,7 @@ def load_kanified(folder: str | os.PathLike, **options: object) -> PreTrainedMod
         raise ValueError(f"{folder} has no {PLAN}: it was not written by save_kanified")
     name = AutoConfig.from_pretrained(folder).architectures[0]
     model = getattr(transformers, name).from_pretrained(folder, **options)
-    model.kanified = json.loads((folder / PLAN).read_text())
+    _remember(model, json.loads((folder / PLAN).read_text()))
     _replace(model, model.kanified)
     state = load_file(folder / WEIGHTS)
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -195,6 +215,8 @@ def _chains(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[dict]:
             continue
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(names[up].split("."), names[down].split(".")))
         step = {"block": ".".join(name for name, _ in pairs), "act": names[act], "down": names[down]}
+        if not step["block"] and isinstance(model, PreTrainedModel):
+            continue  # not a block: a pooler and the head behind it
         step |= {"in_features": x.shape[-1], "out_features": y.shape[-1]}
         if chains.setdefault(act, step) != step:
             raise ValueError(
@@ -231,12 +253,10 @@ def _calibrate(model: nn.Module, plan: list[dict], inputs: Mapping[str, Tensor])
 def _run(model: nn.Module, inputs: Mapping[str, Tensor], hook=None, modules=()) -> list[Tensor]:
     """Tensors that the model gives in evaluation mode; `hook` sees the calls of `modules`."""
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
-    training = {module: module.training for module in model.modules()}
     try:
-        outputs = model.eval()(**inputs)
+        with evaluating(model):
+            outputs = model(**inputs)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for handle in hooks:
             handle.remove()
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

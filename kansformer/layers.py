@@ -18,10 +18,11 @@ up projection: v_h = x_(h mod d), the block's own input, so that
 is a linear map whose every entry is a KAN of the token, and a unit costs d weights less.
 """
 
+import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -498,6 +499,8 @@ def _initial_edge(grid_size: int, spline_order: int, grid_range: tuple[float, fl
     b = basis(points, grid, grid_size, spline_order).squeeze(-2)
     slope = basis(points, grid, grid_size, spline_order, derivative=True).squeeze(-2) * inside.unsqueeze(-1)
     f = activation(points.squeeze(-1), base or "silu")
+    if base is None and probability @ f.square() < 1e-12:  # a range where silu is zero
+        f = points.squeeze(-1)
     root = probability.sqrt().unsqueeze(-1)
     coefficients = least_squares(root * b, root * f.unsqueeze(-1))
     if base is None:
@@ -531,6 +534,17 @@ def _linear(in_features: int, out_features: int, init_gain: float, **factory: ob
     linear.init_gain = init_gain
     nn.init.normal_(linear.weight, std=init_gain / math.sqrt(in_features))
     return linear
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` in evaluation mode; at the end every module has the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        yield model.eval()
+    finally:
+        for module in training:
+            module.training = True
 
 
 def is_range(lo: float, hi: float) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from kansformer import splines
 from kansformer.inspect.edges import Moments
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import FeedForward, KANLinear, SwiGLU
+from kansformer.layers import FeedForward, KANLinear, SwiGLU, evaluating
 
 CRITERIA = ("taylor", "energy")
 SCOPES = ("uniform", "global")
@@ -64,13 +64,13 @@ def measure_units(model: nn.Module, batches: Iterable[Tensor], criterion: str = 
         raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}")
     probes = [_Probe(block, criterion) for block in feed_forward_blocks(model)]
     hooks = [hook for probe in probes for hook in probe.hooks()]
-    training, device, tokens = model.training, next(model.parameters()).device, 0
+    device, tokens = next(model.parameters()).device, 0
     frozen = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
+    stance = torch.compiler.set_stance("force_eager")
     try:
         for p in frozen:
             p.requires_grad_(False)  # the only gradients are those of the units
-        with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(criterion == "taylor"):
+        with evaluating(model), stance, torch.set_grad_enabled(criterion == "taylor"):
             for input_ids in batches:
                 input_ids = input_ids.to(device)
                 tokens += input_ids.numel()
@@ -82,7 +82,6 @@ def measure_units(model: nn.Module, batches: Iterable[Tensor], criterion: str = 
     finally:
         for p in frozen:
             p.requires_grad_(True)
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if not tokens:
@@ -334,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.output.exists():
             raise ValueError(f"{options.output} exists: name a new folder")
-        choose_units([], options.share)
+        choose_units([], options.share, options.scope, options.multiple_of)
         model, tokenizer = load(options.model)
         batches = token_batches(
             tokenizer,

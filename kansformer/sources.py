@@ -135,6 +135,8 @@ def open_source(source: PreTrainedModel | str | os.PathLike) -> Source:
         return _open_gguf(Path(source))
     folder = Path(source)
     if not folder.is_dir():
+        if len(folder.parts) > 2 or folder.is_absolute() or folder.parts[0] in (".", ".."):  # no name of a hub
+            raise FileNotFoundError(f"folder {str(source)!r} does not exist (looked from {Path.cwd()})")
         folder = Path(snapshot_download(str(source), allow_patterns=_DOWNLOAD))
     config = AutoConfig.from_pretrained(folder)
     kansformer_config(config)  # refuses before anything is read

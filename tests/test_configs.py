@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kansformer import KansformerForCausalLM
+from kansformer import KansformerConfig, KansformerForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "train"))
@@ -134,6 +134,8 @@ def test_command_line_overrides_the_file(yaml_file):
         (["--steps"], "--steps needs a value"),
         (["--steps", "--compile"], "--steps needs a value"),
         (["a.yaml", "b.yaml"], "does not exist"),
+        (["--lr", "1"], "unknown setting 'lr': did you mean 'learning_rate'"),
+        (["--qqq", "1"], "unknown setting 'qqq'$"),
     ],
 )
 def test_bad_settings_are_refused_with_value_and_remedy(arguments, message):
@@ -183,6 +185,42 @@ def test_a_block_that_changes_takes_its_own_width(monkeypatch, tmp_path):
     path.write_text(Path(Settings().model).read_text().replace('"grid_size"', '"grid_sise"'))
     with pytest.raises(ValueError, match=r"unknown model field 'grid_sise' in .*model.json: did you mean 'grid_size'"):
         settings_module.model_config(Settings(model=str(path)), byte_tokenizer())
+
+
+def test_models_of_others_and_of_saved_folders(monkeypatch, tmp_path):
+    """A published file holds fields that its class lacks; a saved one lists what every layer is."""
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "config.json"
+
+    def config(fields: dict | str, **overrides):
+        path.write_text(fields if isinstance(fields, str) else json.dumps(fields))
+        return settings_module.model_config(Settings(model=str(path), model_overrides=overrides), byte_tokenizer())
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    assert config({"model_type": "llama", "is_llama_config": True} | sizes).hidden_size == 32
+    assert config({"model_type": "gpt2", "n_ctx": 1024, "n_embd": 32}, n_layer=1).n_layer == 1
+    assert config({"model_type": "bloom", "hidden_size": 32}).hidden_size == 32
+    with pytest.raises(ValueError, match="unknown model field 'n_layers': did you mean 'n_layer'"):
+        config({"model_type": "gpt2", "n_ctx": 1024}, n_layers=1)
+    for broken in ("{", "[]", "{}"):
+        with pytest.raises(ValueError, match=r"config.json' is not the config.json of a model"):
+            config(broken)
+    saved = KansformerConfig(**sizes, vocab_size=320, no_rope_layers=[1, 1]).to_dict()
+    for layers in (1, 4):
+        made = config(saved, num_hidden_layers=layers)
+        assert made.layer_types == ["full_attention"] * layers
+        assert made.no_rope_layers == [1] * layers
+        KansformerForCausalLM(made)
+    made.num_hidden_layers = 2
+    assert len(KansformerForCausalLM(made).model.layers) == 2
+    wide = config(saved, match_reference_size=1000).intermediate_size
+    assert 48 < config(saved, match_reference_size=1000, match_ffn="flops").intermediate_size < wide
+
+
+def test_precision_no_in_a_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("precision: no\n")  # yaml's false
+    assert settings_module.parse([str(path)]).precision == "no"
 
 
 def test_vocabulary_follows_the_tokenizer_in_multiples_of_64(monkeypatch):

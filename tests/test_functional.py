@@ -198,6 +198,23 @@ def test_transforms_and_forward_mode(based):
     assert_close(per_row, torch.autograd.grad(layer(x).sum(), x)[0], 1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_transforms(backend):
+    """As above, where torch.compile traces the transform, and where no weight wants a gradient."""
+    layer, x, v = KANLinear(3, 2).requires_grad_(False), torch.randn(4, 3), torch.randn(4, 3)
+
+    def tangent(x):
+        return torch.func.jvp(layer, (x,), (v,))[1]
+
+    def gradient(x):
+        return torch.func.grad(lambda z: layer(z).square().sum())(x)
+
+    for f in (tangent, gradient):
+        torch._dynamo.reset()
+        assert f(x).norm() > 0.1
+        assert_close(torch.compile(f, backend=backend)(x), f(x), 1e-6)
+
+
 def test_third_derivative():
     x = torch.linspace(-0.9, 0.95, 50, dtype=torch.float64).unsqueeze(1).requires_grad_()
     grid = torch.tensor([-1.0, 1.0])

@@ -1,5 +1,6 @@
 """The small-network KAN: the layer it shares with the transformer, fits, refinement, pruning, files, bad input."""
 
+import copy
 import json
 import math
 import warnings
@@ -237,6 +238,20 @@ def test_pruning_returns_a_smaller_network_with_the_masked_ones_outputs(data, fi
     assert all(bool(layer.edge_mask.all()) for layer in fitted.layers)
     again = small.fit(data, steps=10, progress=False)
     assert again["test_loss"][-1] < 0.02
+
+
+def test_pruning_keeps_what_is_frozen(fitted):
+    model = copy.deepcopy(fitted)
+    model.layers[0].linear.spline_weight.requires_grad_(False)
+    wanted = [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in model.prune().parameters()] == wanted
+    assert not all(wanted)
+
+
+def test_made_under_inference_mode():
+    with torch.inference_mode():
+        model, x = KAN([2, 3, 1]), torch.randn(5, 2)
+        assert torch.equal(model(x), model(x))
 
 
 def test_pruning_removes_product_nodes_and_inputs_whole():
@@ -479,6 +494,7 @@ def test_create_dataset_is_reproducible_and_normalises():
     normal = create_dataset(f, ranges=[(0, 1), (5, 9)], normalize_input=True, normalize_label=True)
     torch.testing.assert_close(normal.train_input.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(normal.train_label.std(0), torch.ones(1))
+    assert create_dataset(f, test_num=0).test_input is None
     raw = create_dataset(f, ranges=[(0, 1), (5, 9)])
     assert raw.train_input[:, 1].min() >= 5
     assert raw.train_input[:, 0].max() <= 1

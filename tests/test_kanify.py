@@ -1,5 +1,6 @@
 """kanify: any transformer with KAN edges, its function kept."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
     DistilBertConfig,
@@ -217,6 +219,30 @@ def test_blocks_that_would_change_are_left_alone():
     assert torch.equal(model(**inputs), before)
     with pytest.raises(ValueError, match="act serves also and others"):
         kanify(Leaky(shared=True), inputs=inputs)
+
+
+def test_a_pooler_and_its_head_are_no_block():
+    model = BertForSequenceClassification(BertConfig(**SMALL)).eval()
+    before = model.bert(**TOKENS).pooler_output
+    assert kanify(model) == [f"bert.encoder.layer.{i}" for i in range(3)]
+    torch.testing.assert_close(model.bert(**TOKENS).pooler_output, before)
+
+
+def test_save_pretrained_keeps_the_splines(tmp_path):
+    """As Trainer calls it, on the model and on a copy of it."""
+    model = gpt2().eval()
+    kanify(model)
+    for module in model.modules():
+        if isinstance(module, KANDown):
+            nn.init.normal_(module.splines.spline_weight, std=0.1)
+    model = copy.deepcopy(model)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    loaded = load_kanified(tmp_path)
+    assert torch.equal(loaded(**TOKENS).logits, model(**TOKENS).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_kanified(tmp_path / "again")(**TOKENS).logits, model(**TOKENS).logits)
+    with pytest.raises(TypeError, match="inputs must be keyword arguments of the model"):
+        kanify(gpt2(), inputs=TOKENS["input_ids"])
 
 
 def test_in_place_activations():

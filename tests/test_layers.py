@@ -54,6 +54,13 @@ def test_blocks_start_at_the_same_scale(ffn_type, init_gain):
     assert block(torch.randn(2000, 128)).std().item() == pytest.approx(init_gain, rel=0.08)
 
 
+@pytest.mark.parametrize("grid_range", [(-100, -99), (50, 60)])
+def test_a_grid_far_from_the_inputs_starts_finite(grid_range):
+    layer = KANLinear(4, 3, grid_range=grid_range, base_activation=None)
+    assert layer(torch.randn(5, 4)).isfinite().all()
+    assert layer.spline_weight.abs().max() > 0
+
+
 def test_initial_weights_are_written_through_copy():
     """What transformers passes as `copy_` leaves loaded tensors alone; nothing may be written around it."""
     layer = KANLinear(3, 4, bias=True)

@@ -359,6 +359,20 @@ def test_old_checkpoints_are_deleted_and_a_finished_run_is_not_repeated(workplac
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
+def test_a_run_goes_on_where_text_and_model_lie_elsewhere_and_keeps_what_it_cost(workplace, tmp_path):
+    text, output = tmp_path / "elsewhere.txt", tmp_path / "run"
+    results = train.main(command(workplace, output, keep_best=False))
+    shutil.copy(workplace / "text.txt", text)
+    again = train.main(command(workplace, output, data=text, keep_best=False))
+    for key in ("tokens_per_second", "peak_memory_bytes", "val_loss"):
+        assert again[key] == results[key] is not None
+    assert json.loads((output / "results.json").read_text()) == again
+    with pytest.raises(
+        ValueError, match=r"final_model is best, and .*run keeps no best checkpoint: .*keep_best"
+    ):
+        train.main(command(workplace, output, final_model="best"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

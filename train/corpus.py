@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -118,7 +119,7 @@ class Corpus:
                     for piece in _marked_pieces(lines) if rows is None else self._read_rows(rows):
                         self.position = start + raw.tell()
                         yield piece
-            except (UnicodeDecodeError, EOFError, OSError, json.JSONDecodeError) as error:
+            except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
     def _read_rows(self, rows: Iterable[dict]) -> Iterator[tuple[bool, str]]:
@@ -189,7 +190,12 @@ def _documents(stream: Iterable[tuple[bool, bool, str]]) -> Iterator[list[str]]:
 
 def _records(lines: Iterable[str], path: Path) -> Iterator[dict]:
     for number, line in enumerate(lines, 1):
-        record = json.loads(line)
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} must be a JSON object, not {line.strip():.80}")
         yield record

@@ -104,7 +104,9 @@ class Settings:
 
 
 # Keys that change neither the weights nor the text: they may differ between a checkpoint and the run that resumes it.
+# Where text and model lie is among them, as the text's digest and the model's fields are compared themselves.
 FREE_KEYS = {
+    *("data", "model", "model_overrides"),
     *("micro_batch_size", "device", "processes", "compile", "gradient_checkpointing", "output_dir", "cache_dir"),
     "verify_data",
     *(
@@ -140,6 +142,8 @@ def parse(arguments: list[str]) -> Settings:
         values = yaml.safe_load(path.read_text()) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `key: value` lines, not a {type(values).__name__}")
+    if values.get("precision") is False:
+        values["precision"] = "no"  # which yaml reads as false
     values["model_overrides"] = dict(values.get("model_overrides") or {})
     texts = {f.name for f in dataclasses.fields(Settings) if f.type is str}
     while arguments:
@@ -165,6 +169,7 @@ def parse(arguments: list[str]) -> Settings:
 OLD_FIELDS = {"auto_map", "torch_dtype", "rope_theta", "rope_scaling"}
 # What the width of a block of given parameters depends on
 BLOCK_FIELDS = {"ffn_type", "hidden_size", "grid_size", "spline_order", "base_activation", "project_value"}
+BLOCK_FIELDS |= {"match_ffn", "match_reference", "match_reference_size"}
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -172,29 +177,37 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
 
     The vocabulary is the tokenizer's, rounded up to a multiple of 64 (shards and tensor cores want that). The json's
     intermediate_size belongs to its block: where an override changes that, the usual width takes its place, at which
-    all blocks have as many parameters, unless intermediate_size is overridden too.
+    all blocks have as many parameters, up to widths' multiples of 8, unless intermediate_size is overridden too. A
+    field that no Kansformer has is an error; other models' published files hold such, and the model ignores them.
     """
     num_tokens = len(tokenizer)
     path = Path(settings.model)
     if not path.is_file():
         raise FileNotFoundError(f"model {settings.model!r} is not a file (looked from {Path.cwd()})")
-    fields = json.loads(path.read_text()) | {"vocab_size": -(-num_tokens // 64) * 64}
+    try:
+        fields = json.loads(path.read_text())
+        kind = fields["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model {settings.model!r} is not the config.json of a model: {error!r}") from error
+    fields |= {"vocab_size": -(-num_tokens // 64) * 64}
     fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    known = set(AutoConfig.for_model(fields["model_type"]).to_dict()) | OLD_FIELDS
+    default = AutoConfig.for_model(kind)
+    known = set(default.to_dict()) | set(default.attribute_map) | OLD_FIELDS
     for key in (*fields, *settings.model_overrides):
-        if key not in known:
+        if key not in known and (kind == "kansformer" or key in settings.model_overrides):
             where = "" if key in settings.model_overrides else f" in {path}"
             raise ValueError(f"unknown model field {key!r}{where}{_nearest(key, known)}")
-    if fields["model_type"] == "kansformer" and BLOCK_FIELDS & set(settings.model_overrides):
+    if kind == "kansformer" and BLOCK_FIELDS & set(settings.model_overrides):
         fields.pop("intermediate_size", None)
     fields |= settings.model_overrides
     if fields["vocab_size"] < num_tokens:
         raise ValueError(f"model.vocab_size {fields['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
     config = AutoConfig.for_model(**fields)
-    if settings.sequence_length > config.max_position_embeddings:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and settings.sequence_length > longest:
         raise ValueError(
             f"sequence_length {settings.sequence_length} exceeds the model's max_position_embeddings "
-            f"{config.max_position_embeddings}: lower the one or raise the other (--model.max_position_embeddings)"
+            f"{longest}: lower the one or raise the other (--model.max_position_embeddings)"
         )
     return config
 
@@ -242,12 +255,12 @@ def check_resume(resume: str, identity: dict, saved: dict, folder: Path) -> None
     if other:
         raise ValueError(
             f"{folder} was made with another text, model or settings ({'; '.join(other)}): choose another output_dir, "
-            "or delete that one"
+            f"or delete that one{'; steps set the schedule' if saved.get('steps') != identity.get('steps') else ''}"
         )
 
 
 def _nearest(key: str, known) -> str:
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    match = difflib.get_close_matches({"lr": "learning_rate"}.get(key, key), known, n=1, cutoff=0.5)
     return f": did you mean {match[0]!r}?" if match else ""
 
 

@@ -372,14 +372,20 @@ class Run:
         """The model, its card, the figures and the report."""
         settings, figures = self.settings, {"step": self.step, **(self.figures or self.evaluate())}
         if settings.final_model == "best":
+            if self.best is None:
+                raise ValueError(
+                    f"final_model is best, and {self.output} keeps no best checkpoint: it was trained with keep_best: "
+                    "false. Set final_model: last, or train anew"
+                )
             figures = self.best
-        results = {
-            "parameters": self.parameter_count,
-            "tokens": self.batches.targets_before(figures["step"]),
-            **figures,
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
-            **metrics.memory(self.device, self.activation_bytes),
-        }
+        costs = {"tokens_per_second": self.tokens / self.seconds if self.seconds else None}
+        costs |= metrics.memory(self.device, self.activation_bytes)
+        before = self.output / "results.json"
+        if not self.seconds and before.is_file():  # trained by an earlier start: its costs
+            before = json.loads(before.read_text())
+            costs = {key: before.get(key) for key in costs}
+        tokens = self.batches.targets_before(figures["step"])
+        results = {"parameters": self.parameter_count, "tokens": tokens, **figures, **costs}
         if self.best:
             results |= {"best_step": self.best["step"], "best_val_loss": self.best["val_loss"]}
         if hasattr(self.bare_model, "parameter_counts"):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kansformer import splines
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import KANLinear
+from kansformer.layers import KANLinear, evaluating
 
 # Input densities are counted in BINS bins on the grid and MARGIN of its width on either side; the outermost bins hold
 # what lies further out.
@@ -274,14 +274,12 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
 
 def run(model: nn.Module, batches: Iterable[Tensor], hooks: list) -> None:
     """Run the model on every batch in eval mode; the hooks are removed at the end, whatever happens."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
+        with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
             for input_ids in batches:
                 model(input_ids=input_ids.to(device), use_cache=False)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
 

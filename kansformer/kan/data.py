@@ -80,7 +80,7 @@ def create_dataset(
         if normalize:
             std, mean = torch.std_mean(parts[k], 0)
             parts[k], parts[k + 2] = (parts[k] - mean) / std, (parts[k + 2] - mean) / std
-    return Dataset(*parts)
+    return Dataset(*parts[: 4 if test_num else 2])
 
 
 def _pair(name: str, x: object, y: object) -> tuple[Tensor, Tensor]:

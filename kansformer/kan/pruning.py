@@ -125,6 +125,8 @@ def _shrink(model: "KAN", masks: list[Tensor], nodes: list[Tensor]) -> "KAN":
                 cut = (masks[depth].to(tensor) if name == "edge_mask" else tensor)[rows][:, columns]
             state[name] = cut
         new.load_state_dict(state)
+        for kept, parameter in zip(old.parameters(), new.parameters()):
+            parameter.requires_grad_(kept.requires_grad)
     return smaller.to(model.device)
 
 

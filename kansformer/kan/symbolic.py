@@ -69,14 +69,16 @@ class SymbolicEdges(nn.Module):
     def groups(self) -> list[tuple[Function, Tensor, Tensor]]:
         """Each function in use, with the flat places o * I + i of its edges and their inputs i."""
         seen, version, groups = self._grouped or (None, 0, [])
-        if seen is not self.function or version != self.function._version:
+        # A tensor made under inference_mode counts no versions: nothing is kept
+        now = None if self.function.is_inference() else self.function._version
+        if seen is not self.function or now is None or version != now:
             flat, members = self.function.flatten(), list(LIBRARY.values())
             groups = []
             for index in flat.unique().tolist():
                 if index != SPLINE:
                     at = (flat == index).nonzero().flatten()
                     groups.append((members[index], at, at % self.function.shape[1]))
-            self._grouped = self.function, self.function._version, groups
+            self._grouped = self.function, now, groups
         return groups
 
     def __getstate__(self) -> dict:

@@ -141,6 +141,11 @@ class KansformerConfig(PreTrainedConfig):
         if self.layer_types is None:
             attention = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [attention] * self.num_hidden_layers
+        for field in ("layer_types", "no_rope_layers"):  # a saved list, where another number of layers is asked for
+            values = getattr(self, field)
+            if values:
+                more = values[:1] * (self.num_hidden_layers - len(values)) if len(set(values)) == 1 else []
+                setattr(self, field, [*values[: self.num_hidden_layers], *more])
         self.grid_range = tuple(float(bound) for bound in self.grid_range)
         # Before anything is derived from the fields, and as plain ValueErrors: @strict wraps those it raises itself.
         self.validate_architecture()
@@ -218,7 +223,7 @@ class KansformerConfig(PreTrainedConfig):
         kinds = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
         for field, allowed in (("layer_types", kinds), ("no_rope_layers", {0, 1})):
             value = getattr(self, field)
-            known = value is None or (len(value) == layers and set(value) <= allowed)
+            known = value is None or (len(value) >= layers and set(value) <= allowed)
             rule = f"must hold one of {sorted(allowed)} for each of the {layers} layers (sliding_window={window})"
             _require(known, field, value, rule)
 

@@ -36,7 +36,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from kansformer.layers import KANLinear, feed_forward
+from kansformer.layers import KANLinear, evaluating, feed_forward
 
 from .configuration_kansformer import KansformerConfig
 
@@ -198,7 +198,10 @@ class KansformerPreTrainedModel(PreTrainedModel):
 
         The parameters are replaced: make a new optimizer afterwards.
         """
-        for _, layer in self.kan_layers():
+        layers = [layer for _, layer in self.kan_layers()]
+        if not layers:
+            raise ValueError(f"the model has no grids: its blocks are {self.config.ffn_type}")
+        for layer in layers:
             layer.extend_grid(grid_size)
         self.config.grid_size = grid_size
 
@@ -236,17 +239,14 @@ class KansformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def visit_kan_inputs(self, visit: Callable[[str, KANLinear, torch.Tensor], None], *args, **kwargs) -> None:
         """Run the model once, without dropout, and call `visit` with the name, layer and input of each KAN layer."""
-        training = {module for module in self.modules() if module.training}
         hooks = [
             layer.register_forward_pre_hook(lambda layer, inputs, name=name: visit(name, layer, inputs[0]))
             for name, layer in self.kan_layers()
         ]
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-                self.eval()(*args, **kwargs)
+            with evaluating(self), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
+                self(*args, **kwargs)
         finally:
-            for module in training:
-                module.training = True
             for hook in hooks:
                 hook.remove()
 
