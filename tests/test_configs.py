@@ -213,8 +213,10 @@ def test_models_of_others_and_of_saved_folders(monkeypatch, tmp_path):
         KansformerForCausalLM(made)
     made.num_hidden_layers = 2
     assert len(KansformerForCausalLM(made).model.layers) == 2
-    wide = config(saved, match_reference_size=1000).intermediate_size
-    assert 48 < config(saved, match_reference_size=1000, match_ffn="flops").intermediate_size < wide
+    assert config(saved, match_reference_size=1000).intermediate_size == 496
+    assert config(saved, match_reference_size=1000, match_ffn="flops").intermediate_size == 496
+    with pytest.warns(UserWarning, match="91.4% of the flops"):
+        assert config(saved, match_ffn="flops").intermediate_size == 40
 
 
 def test_precision_no_in_a_file(tmp_path):
