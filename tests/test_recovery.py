@@ -367,9 +367,7 @@ def test_a_run_goes_on_where_text_and_model_lie_elsewhere_and_keeps_what_it_cost
     for key in ("tokens_per_second", "peak_memory_bytes", "val_loss"):
         assert again[key] == results[key] is not None
     assert json.loads((output / "results.json").read_text()) == again
-    with pytest.raises(
-        ValueError, match=r"final_model is best, and .*run keeps no best checkpoint: .*keep_best"
-    ):
+    with pytest.raises(ValueError, match=r"final_model is best, and .*run keeps no best checkpoint: .*keep_best"):
         train.main(command(workplace, output, final_model="best"))
 
 
