@@ -964,7 +964,7 @@ IMPOSSIBLE = {
     "initializer_range": [0.0, -0.02],
     "sliding_window": [0],
     "layer_types": [["full_attention", "none"], ["sliding_attention"] * 2],
-    "no_rope_layers": [[1], [1, 2]],
+    "no_rope_layers": [[], [1, 2]],
     "ffn_type": ["KAN", "moe"],
     "grid_size": [0, -3],
     "spline_order": [0, 4],
