@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from kansformer.layers import KANLinear, evaluating
+from kansformer.layers import KANLinear, observing
 from kansformer.models import KansformerConfig, KansformerForCausalLM
 from kansformer.sources import Source, kansformer_config, offloaded, open_source
 
@@ -209,12 +209,8 @@ def _grids(source: Source, ids: Tensor | None, config: KansformerConfig, spread:
             gate.register_forward_hook(lambda _, inputs, z, layer=layer: layer.update_grid(z.cpu(), spread))
             for gate, layer in zip(gates, layers)
         ]
-        try:
-            with evaluating(model):
-                model.model(input_ids=ids.to(model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with observing(model, hooks):
+            model.model(input_ids=ids.to(model.device), use_cache=False)
     return {f"model.layers.{index}.mlp.down_proj.grid": layer.grid for index, layer in enumerate(layers)}
 
 

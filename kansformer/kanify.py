@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kansformer.layers import FFN_TYPES, KANLinear, evaluating, feed_forward
+from kansformer.layers import FFN_TYPES, KANLinear, feed_forward, observing
 
 PLAN, WEIGHTS = "kanify.json", "kanify.safetensors"
 
@@ -253,12 +253,8 @@ def _calibrate(model: nn.Module, plan: list[dict], inputs: Mapping[str, Tensor])
 def _run(model: nn.Module, inputs: Mapping[str, Tensor], hook=None, modules=()) -> list[Tensor]:
     """Tensors that the model gives in evaluation mode; `hook` sees the calls of `modules`."""
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        with evaluating(model):
-            outputs = model(**inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with observing(model, hooks):
+        outputs = model(**inputs)
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 

@@ -537,14 +537,21 @@ def _linear(in_features: int, out_features: int, init_gain: float, **factory: ob
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in evaluation mode; at the end every module has the mode that it had."""
+def observing(model: nn.Module, hooks: Sequence) -> Iterator[None]:
+    """Runs of `model` that its `hooks` see: in evaluation mode, and eager, since compiled code would not call them.
+
+    At the end the hooks are removed, and every module has the mode that it had.
+    """
     training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        yield model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True
+        for hook in hooks:
+            hook.remove()
 
 
 def is_range(lo: float, hi: float) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from kansformer import splines
 from kansformer.inspect.edges import Moments
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import FeedForward, KANLinear, SwiGLU, evaluating
+from kansformer.layers import FeedForward, KANLinear, SwiGLU, observing
 
 CRITERIA = ("taylor", "energy")
 SCOPES = ("uniform", "global")
@@ -66,11 +66,10 @@ def measure_units(model: nn.Module, batches: Iterable[Tensor], criterion: str = 
     hooks = [hook for probe in probes for hook in probe.hooks()]
     device, tokens = next(model.parameters()).device, 0
     frozen = [p for p in model.parameters() if p.requires_grad]
-    stance = torch.compiler.set_stance("force_eager")
     try:
         for p in frozen:
             p.requires_grad_(False)  # the only gradients are those of the units
-        with evaluating(model), stance, torch.set_grad_enabled(criterion == "taylor"):
+        with observing(model, hooks), torch.set_grad_enabled(criterion == "taylor"):
             for input_ids in batches:
                 input_ids = input_ids.to(device)
                 tokens += input_ids.numel()
@@ -82,8 +81,6 @@ def measure_units(model: nn.Module, batches: Iterable[Tensor], criterion: str = 
     finally:
         for p in frozen:
             p.requires_grad_(True)
-        for hook in hooks:
-            hook.remove()
     if not tokens:
         raise ValueError("measure_units got no text: give batches of tokens")
     return [probe.units(tokens) for probe in probes]

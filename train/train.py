@@ -380,9 +380,9 @@ class Run:
             figures = self.best
         costs = {"tokens_per_second": self.tokens / self.seconds if self.seconds else None}
         costs |= metrics.memory(self.device, self.activation_bytes)
-        before = self.output / "results.json"
-        if not self.seconds and before.is_file():  # trained by an earlier start: its costs
-            before = json.loads(before.read_text())
+        earlier = self.output / "results.json"
+        if not self.seconds and earlier.is_file():  # trained by an earlier start: its costs
+            before = json.loads(earlier.read_text())
             costs = {key: before.get(key) for key in costs}
         tokens = self.batches.targets_before(figures["step"])
         results = {"parameters": self.parameter_count, "tokens": tokens, **figures, **costs}

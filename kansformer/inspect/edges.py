@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kansformer import splines
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import KANLinear, evaluating
+from kansformer.layers import KANLinear, observing
 
 # Input densities are counted in BINS bins on the grid and MARGIN of its width on either side; the outermost bins hold
 # what lies further out.
@@ -275,13 +275,9 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
 def run(model: nn.Module, batches: Iterable[Tensor], hooks: list) -> None:
     """Run the model on every batch in eval mode; the hooks are removed at the end, whatever happens."""
     device = next(model.parameters()).device
-    try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-            for input_ids in batches:
-                model(input_ids=input_ids.to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observing(model, hooks):
+        for input_ids in batches:
+            model(input_ids=input_ids.to(device), use_cache=False)
 
 
 def _quadratic(matrix: Tensor, w: Tensor) -> Tensor:

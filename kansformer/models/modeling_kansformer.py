@@ -36,7 +36,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from kansformer.layers import KANLinear, evaluating, feed_forward
+from kansformer.layers import KANLinear, feed_forward, observing
 
 from .configuration_kansformer import KansformerConfig
 
@@ -243,12 +243,8 @@ class KansformerPreTrainedModel(PreTrainedModel):
             layer.register_forward_pre_hook(lambda layer, inputs, name=name: visit(name, layer, inputs[0]))
             for name, layer in self.kan_layers()
         ]
-        try:
-            with evaluating(self), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-                self(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with observing(self, hooks):
+            self(*args, **kwargs)
 
 
 class KansformerModel(KansformerPreTrainedModel):
