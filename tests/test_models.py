@@ -834,6 +834,21 @@ def test_extend_grid_keeps_the_function_and_the_checkpoint(ffn_type, tmp_path):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
+def test_grids_of_several_sizes_are_not_saved(tmp_path):
+    model = tiny_model(ffn_type="kan_gated")
+    model.model.layers[1].mlp.down_proj.extend_grid(6)
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.down_proj has 6 intervals and config.grid_size is 3.*extend_grid"
+    ):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.extend_grid(6)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens()).logits, model(tokens()).logits
+    )
+
+
 def test_out_of_grid_fraction():
     model = tiny_model(ffn_type="kan", grid_range=(-1.0, 1.0))
     fractions = model.out_of_grid_fraction(input_ids=tokens(8, 64))

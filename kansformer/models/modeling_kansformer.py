@@ -12,6 +12,7 @@ N(0, 1/hidden_size)), linear layers from N(0, 1/fan_in), those that write into t
 N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear`.
 """
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -204,6 +205,17 @@ class KansformerPreTrainedModel(PreTrainedModel):
         for layer in layers:
             layer.extend_grid(grid_size)
         self.config.grid_size = grid_size
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As everywhere in transformers; ValueError where a layer has not the `grid_size` of the configuration."""
+        size = self.config.grid_size
+        other = next((name for name, layer in self.kan_layers() if layer.grid_size != size), None)
+        if other is not None:
+            raise ValueError(
+                f"{other} has {self.get_submodule(other).grid_size} intervals and config.grid_size is {size}: what is "
+                "saved would not load. Extend the grids of all layers: model.extend_grid(grid_size)"
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def out_of_grid_fraction(self, *args, **kwargs) -> dict[str, torch.Tensor]:
         """The share of each KAN layer's inputs that fall outside its grid, where no spline learns.
