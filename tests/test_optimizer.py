@@ -82,11 +82,6 @@ def test_groups_know_the_functions_of_a_layer():
     assert functions["model.layers.0.self_attn.q_proj.weight"] == 1
     assert functions["lm_head.weight"] == functions["model.embed_tokens.weight"] == functions["model.norm.weight"] == 0
 
-    settings = Settings(optimizer="muon", spline_optimizer="adamw", spline_lr_ratio=0.5)
-    left = [group for group in optimizer.parameter_groups(model, settings) if group["lr_ratio"] == 0.5]
-    assert [names[id(p)] for group in left for p in group["params"]] == [n for n in functions if "spline" in n]
-    assert all(group["functions"] == 0 for group in left)
-
 
 def test_nothing_moves_where_a_gradient_is_not_finite():
     model = tiny()

@@ -37,8 +37,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     groups: dict[tuple, list] = {}
     for parameter in model.parameters():
         if id(parameter) in counts:
-            functions = 0 if settings.spline_optimizer == "adamw" else counts[id(parameter)]
-            key = settings.spline_weight_decay, settings.spline_lr_ratio, functions
+            key = settings.spline_weight_decay, settings.spline_lr_ratio, counts[id(parameter)]
         elif parameter.ndim < 2 or id(parameter) in embeddings:
             key = 0.0, 1.0, 0
         else:

@@ -35,7 +35,6 @@ class Settings:
     min_lr_ratio: float = 0.1  # where the cosine ends, as a share of learning_rate
     warmup_steps: int = 100
     weight_decay: float = 0.1  # of matrices; norms, biases and embeddings do not decay
-    spline_optimizer: str | None = None  # adamw: of the spline coefficients, where `optimizer` is muon; null: as that
     spline_lr_ratio: float = 1.0  # of learning_rate, for spline coefficients
     spline_weight_decay: float = 0.1
     beta1: float = 0.9
@@ -98,11 +97,9 @@ class Settings:
         choices = {
             **{"val_split": ("tail", "document", "file"), "device": ("auto", "cpu"), "precision": ("no", "bf16")},
             **{"final_model": ("last", "best"), "resume": ("auto", "none"), "optimizer": ("adamw", "muon")},
-            "spline_optimizer": ("adamw", None),
         }
         for name, allowed in choices.items():
-            value, names = getattr(self, name), ", ".join("null" if choice is None else choice for choice in allowed)
-            _check(name, value, value in allowed, f"must be one of {names}")
+            _check(name, getattr(self, name), getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
         _check("final_model", self.final_model, self.final_model == "last" or self.keep_best, "needs keep_best: true")
 
 
