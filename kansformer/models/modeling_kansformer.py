@@ -208,13 +208,12 @@ class KansformerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As everywhere in transformers; ValueError where a layer has not the `grid_size` of the configuration."""
-        size = self.config.grid_size
-        other = next((name for name, layer in self.kan_layers() if layer.grid_size != size), None)
-        if other is not None:
-            raise ValueError(
-                f"{other} has {self.get_submodule(other).grid_size} intervals and config.grid_size is {size}: what is "
-                "saved would not load. Extend the grids of all layers: model.extend_grid(grid_size)"
-            )
+        for name, layer in self.kan_layers():
+            if layer.grid_size != self.config.grid_size:
+                raise ValueError(
+                    f"{name} has {layer.grid_size} intervals and config.grid_size is {self.config.grid_size}: what is "
+                    "saved would not load. Extend the grids of all layers: model.extend_grid(grid_size)"
+                )
         super().save_pretrained(save_directory, **kwargs)
 
     def out_of_grid_fraction(self, *args, **kwargs) -> dict[str, torch.Tensor]:
