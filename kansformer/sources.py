@@ -143,7 +143,7 @@ def open_source(source: PreTrainedModel | str | os.PathLike) -> Source:
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not (index.exists() or whole.exists()):
         raise ValueError(f"{source} has no safetensors weights: load the model, save_pretrained it, and convert that")
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {whole.name}
+    names = set(_weight_map(index).values()) if index.exists() else {whole.name}
     files = [safe_open(folder / name, "pt") for name in sorted(names)]
     place = {name: file for file in files for name in file.keys()}  # noqa: SIM118, no dictionary
     shapes = {name: file.get_slice(name).get_shape() for name, file in place.items()}
@@ -192,6 +192,9 @@ def _open_model(model: nn.Module, name: str, tokenizer: PreTrainedTokenizerBase 
 def _open_gguf(file: Path) -> Source:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
+    with file.open("rb") as opened:
+        if (magic := opened.read(4)) != b"GGUF":
+            raise ValueError(f"{file} is no .gguf file: it begins with {magic!r}, not b'GGUF'")
     kansformer_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
@@ -200,6 +203,14 @@ def _open_gguf(file: Path) -> Source:
         quantization_config=GgufConfig(dequantize=True),
     )
     return _open_model(model, file.name, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every weight, as an index of shards has it."""
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of safetensors files, it has no weight_map: {error!r}") from error
 
 
 def _if_any(file: Path, read: Callable[[], object]) -> object | None:

@@ -312,7 +312,11 @@ def test_refusals_of_the_command(tmp_path, capsys):
     assert (tmp_path / "source" / "config.json").read_bytes() == before
     (tmp_path / "source" / "model.safetensors").unlink()
     assert "no safetensors weights" in failure([tmp_path / "source", tmp_path / "made"], capsys)
+    (tmp_path / "source" / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in failure([tmp_path / "source", tmp_path / "made"], capsys)
     assert "does not exist" in failure([tmp_path / "no.gguf", tmp_path / "made"], capsys)
+    (tmp_path / "other.gguf").write_bytes(b"<html>")
+    assert "begins with b'<htm'" in failure([tmp_path / "other.gguf", tmp_path / "made"], capsys)
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     assert "LayerNorm" in failure([tmp_path / "gpt2", tmp_path / "made"], capsys)
     assert not (tmp_path / "made").exists()

@@ -41,6 +41,8 @@ def test_a_classifier_in_a_grid_search():
     probability = search.predict_proba(X)
     np.testing.assert_allclose(probability.sum(1), 1)
     assert (search.classes_[probability.argmax(1)] == search.predict(X)).all()
+    with pytest.raises(ValueError, match="hidden is None"):
+        KANRegressor(hidden=None).fit(X, y)
     with pytest.raises(ValueError, match="at least two classes"):
         KANClassifier().fit(X, np.zeros(150))
 

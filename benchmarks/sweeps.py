@@ -1,0 +1,117 @@
+"""Every sweep of param_efficiency.py on one page: what SwiGLU needs to match each KAN block.
+
+    python benchmarks/sweeps.py
+
+reads benchmarks/results/efficiency_*/table.json and writes sweeps.md and sweeps.png beside them, the least trained
+models first. Nothing is run. A block whose width was matched at equal weights read is compared there alone: it has more
+parameters in its blocks than SwiGLU of its size, and for as many, or as much time, SwiGLU would rather be wider too (the
+wide sweeps have such).
+"""
+
+import json
+from pathlib import Path
+
+from harness import RESULTS, markdown, write, write_figure
+
+AXES = {"parameters": "equal parameters", "seconds": "equal training seconds", "weights_read": "equal weights read"}
+
+
+def main() -> None:
+    results = load(RESULTS)
+    parts = ["# What SwiGLU needs to match a KAN block", "`python benchmarks/sweeps.py`"]
+    parts.append("Above 1x the KAN block is ahead; with 95% intervals, the least trained models first.")
+    parts.append(table(results))
+    parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
+    for result in results:
+        env, name = result["environment"], result["sweep"]["name"]
+        made = sorted({cell["trained"] for cell in result["cells"]})
+        where = f"{env['device']}, torch {env['torch']}, {env['dtype']}, {len(result['sweep']['seeds'])} seeds"
+        parts.append(f"[{title(result)}]({name}/table.md): trained at {'; '.join(made)}, on {where}.")
+    write(RESULTS / "sweeps.md", "\n\n".join(parts) + "\n")
+    draw(results, RESULTS / "sweeps.png")
+    print(table(results))
+
+
+def load(folder: Path) -> list[dict]:
+    """The table.json of every sweep, that with the fewest tokens a parameter first."""
+    results = [json.loads(path.read_text()) for path in folder.glob("efficiency_*/table.json")]
+    return sorted(results, key=lambda result: (min(tokens_a_parameter(result)), result["sweep"]["name"]))
+
+
+def title(result: dict) -> str:
+    """The sweep's name, its kind of token and its optimizer: "wide_muon (bytes, Muon)"."""
+    train = result["sweep"]["train"]
+    kind = "bytes" if train["tokenizer"] == "byte" else train["tokenizer"].replace("bpe:", "BPE ")
+    optimizer = {"adamw": "AdamW", "muon": "Muon"}[train.get("optimizer", "adamw")]
+    return f"{result['sweep']['name'].removeprefix('efficiency_')} ({kind}, {optimizer})"
+
+
+def tokens_a_parameter(result: dict) -> list[float]:
+    """Of the reference, by size."""
+    train, reference = result["sweep"]["train"], result["sweep"]["reference"]
+    tokens = train["steps"] * train["batch_size"] * train["sequence_length"]
+    return [tokens / cell["parameters"] for cell in result["cells"] if cell["model"] == reference]
+
+
+def kan_blocks(result: dict) -> dict[str, str]:
+    """Name in the sweep: name on the page."""
+    names = {}
+    for name, model in result["sweep"]["models"].items():
+        if model["ffn_type"].startswith("kan"):
+            splines = model.get("grid_size", 3) + model.get("spline_order", 1)
+            names[name] = f"{model['ffn_type']} C={splines}" + ", wide" * (model.get("match") == "weights_read")
+    return names
+
+
+def needed(result: dict, model: str, axis: str) -> dict | None:
+    """The comparison of a model with the reference at equal `axis`; None where it would not be fair."""
+    if result["sweep"]["models"][model].get("match") == "weights_read" and axis != "weights_read":
+        return None
+    wanted = {"model": model, "baseline": result["sweep"]["reference"], "axis": axis}
+    return next((line for line in result["comparisons"] if wanted.items() <= line.items()), None)
+
+
+def table(results: list[dict]) -> str:
+    rows = []
+    for result in results:
+        tokens = tokens_a_parameter(result)
+        for model, name in kan_blocks(result).items():
+            lines = [needed(result, model, axis) for axis in AXES]
+            cells = ["-" if line is None else ratio(line) for line in lines]
+            rows.append([title(result), f"{min(tokens):.1f} to {max(tokens):.0f}", name, *cells])
+    return markdown(["sweep", "tokens a parameter", "block", *AXES.values()], rows)
+
+
+def ratio(line: dict) -> str:
+    interval = "" if line["interval"] is None else " ({:.2f} to {:.2f})".format(*line["interval"])
+    return f"{line['ratio']:.2f}x{interval}"
+
+
+def draw(results: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d"}
+    rows = [(result, model, name) for result in results for model, name in kan_blocks(result).items()]
+    figure = Figure(figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(AXES), sharey=True)
+    for panel, (axis, label) in zip(panels, AXES.items()):
+        for y, (result, model, name) in enumerate(rows):
+            line = needed(result, model, axis)
+            if line is not None:
+                x, (low, high) = line["ratio"], line["interval"] or 2 * [line["ratio"]]
+                colour = colours[name.partition(" ")[2]]
+                panel.errorbar(x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, markersize=4, capsize=2)
+        panel.axvline(1, color="#6b7280", linewidth=1)
+        panel.set(xscale="log", title=f"at {label}", xlabel="what SwiGLU needs to match", xlim=(0.5, 3.5))
+        ticks = (0.5, 0.7, 1, 1.5, 2, 3)
+        panel.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+        panel.minorticks_off()
+        panel.grid(axis="x", color="#e5e7eb", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [f"{title(result)}: {name.partition(' ')[2]}" for result, _, name in rows])
+    panels[0].invert_yaxis()
+    write_figure(path, figure, results[0]["environment"])
+
+
+if __name__ == "__main__":
+    main()
