@@ -4,8 +4,8 @@
 
 reads benchmarks/results/efficiency_*/table.json and writes sweeps.md and sweeps.png beside them, the least trained
 models first. Nothing is run. A block whose width was matched at equal weights read is compared there alone: it has more
-parameters in its blocks than SwiGLU of its size, and for as many, or as much time, SwiGLU would rather be wider too (the
-wide sweeps have such).
+parameters in its blocks than SwiGLU of its size, and for as many, or as much time, SwiGLU would rather be wider too (as
+in the wide sweeps).
 """
 
 import json

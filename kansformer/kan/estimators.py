@@ -68,7 +68,7 @@ class _KANEstimator(BaseEstimator):
         self.mean_, scale = X.mean(0), X.std(0)
         self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, 1.0)
         if not isinstance(self.hidden, Integral) and not np.iterable(self.hidden):
-            raise ValueError(f"hidden is {self.hidden!r}: it must be the nodes of the hidden layer, or a list, one a layer")
+            raise ValueError(f"hidden is {self.hidden!r}: it must be a number of nodes, or a list, one a layer")
         hidden = [self.hidden] if isinstance(self.hidden, Integral) else list(self.hidden)
         self.network_ = KAN(
             [X.shape[1], *hidden, outputs],
