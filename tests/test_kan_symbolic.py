@@ -263,6 +263,29 @@ def symbolic_network(width=(2, [1, 1], 1)):
     return model
 
 
+def test_compiled_whole_and_exported():
+    """For any number of rows; formulas that come and go are seen by what was compiled."""
+    model, x = KAN([2, [2, 1], 1], dtype=torch.float64), samples()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def check():
+        assert_close(compiled(x), model(x), 1e-14)
+        for strict in (False, True):
+            rows = ({0: torch.export.Dim("rows")},)
+            program = torch.export.export(model, (x[:5],), dynamic_shapes=rows, strict=strict).module()
+            assert_close(program(x), model(x), 1e-14)
+
+    check()
+    fixed = copy.deepcopy(model)
+    model.fix_symbolic(0, 0, 0, "sin", x=x)
+    check()
+    model.unfix_symbolic()
+    check()
+    fixed.fix_symbolic(1, 2, 0, "exp", affine=(1, 0, 1, 0), x=x)
+    model.load_state_dict(fixed.state_dict())
+    check()
+
+
 def evaluate(formulas, variables, x):
     functions = [sympy.lambdify(variables, f, "math") for f in formulas]
     return torch.tensor([[float(f(*row)) for f in functions] for row in x.tolist()], dtype=torch.float64)

@@ -52,6 +52,7 @@ class SymbolicEdges(nn.Module):
         identity = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=dtype, device=device)
         self.affine = nn.Parameter(identity.expand(*shape, 4).clone())
         self._grouped: tuple[Tensor, int, list] | None = None
+        self.groups()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, I) to (N, O, I), 0 on spline edges. Outside its domain a function is constant (`library`)."""
@@ -67,7 +68,13 @@ class SymbolicEdges(nn.Module):
         return out.unflatten(1, self.function.shape)
 
     def groups(self) -> list[tuple[Function, Tensor, Tensor]]:
-        """Each function in use, with the flat places o * I + i of its edges and their inputs i."""
+        """Each function in use, with the flat places o * I + i of its edges and their inputs i.
+
+        Kept until `function` changes. A tracer, to which they are constants, cannot see that, so whatever changes it
+        other than by hand asks for them anew.
+        """
+        if torch.compiler.is_compiling() and self._grouped is not None:
+            return self._grouped[2]
         seen, version, groups = self._grouped or (None, 0, [])
         # A tensor made under inference_mode counts no versions: nothing is kept
         now = None if self.function.is_inference() else self.function._version
@@ -81,15 +88,26 @@ class SymbolicEdges(nn.Module):
             self._grouped = self.function, now, groups
         return groups
 
+    def _apply(self, *arguments, **options) -> "SymbolicEdges":
+        super()._apply(*arguments, **options)
+        if not self.function.is_meta:
+            self.groups()
+        return self
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.groups()
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_grouped": None}  # versions of a copy count from 0
 
     @torch.no_grad()
-    def set(self, o: Tensor | int, i: Tensor | int, function: Tensor | int, affine: Tensor | None = None) -> None:
+    def set(self, o: Tensor | int | slice, i: Tensor | int | slice, function: Tensor | int, affine: Tensor | None = None) -> None:
         """Make edges i -> o the functions of these places in LIBRARY, or SPLINE."""
         self.function[o, i] = function
         if affine is not None:
             self.affine[o, i] = affine.to(self.affine)
+        self.groups()
 
     def extra_repr(self) -> str:
         return f"edges={int((self.function != SPLINE).sum())} of {self.function.numel()}"
@@ -192,7 +210,7 @@ def unfix_symbolic(model: "KAN", layer: int | None = None, i: int | None = None,
     """Make edge i -> o of a layer, or all edges, the splines again that they were before."""
     if layer is None:
         for each in model.layers:
-            each.symbolic.function.fill_(SPLINE)
+            each.symbolic.set(slice(None), slice(None), SPLINE)
         return
     _check_edge(model, layer, i, o)
     model.layers[layer].symbolic.set(o, i, SPLINE)
