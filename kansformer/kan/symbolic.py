@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kansformer.kan.network import KAN, KANLayer
 
 SPLINE = -1  # in `SymbolicEdges.function`
+Place = Tensor | int | slice  # of edges, in one dimension of it
 
 
 class SymbolicEdges(nn.Module):
@@ -102,7 +103,7 @@ class SymbolicEdges(nn.Module):
         return {**self.__dict__, "_grouped": None}  # versions of a copy count from 0
 
     @torch.no_grad()
-    def set(self, o: Tensor | int | slice, i: Tensor | int | slice, function: Tensor | int, affine: Tensor | None = None) -> None:
+    def set(self, o: Place, i: Place, function: Tensor | int, affine: Tensor | None = None) -> None:
         """Make edges i -> o the functions of these places in LIBRARY, or SPLINE."""
         self.function[o, i] = function
         if affine is not None:
