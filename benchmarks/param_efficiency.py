@@ -9,7 +9,8 @@ One yaml declares the sweep:
     sizes     name: fields of KansformerConfig that make a size; an intermediate_size is the reference's
     models    name: fields of KansformerConfig that make a block, which gets the width of the reference's parameters;
               with `match: weights_read` that at which a decoded token reads as many weights as in the reference; with
-              `match: NAME` that of the parameters of the model NAME, which stands before it
+              `match: NAME` that of the parameters of the model NAME, which stands before it; `coarse_grids` as in
+              train.py: its grids are refined on the way, and what it costs is what every part of the run costs
     reference, baselines    models that the others are compared with
     learning_rates    each model of each size takes its own best, by the first seed
     note      what must stand beside its figures, if anything
@@ -37,6 +38,7 @@ Beyond its sizes the end segments are continued: ratios of models that have much
 
 import argparse
 import bz2
+import copy
 import itertools
 import json
 import math
@@ -97,9 +99,8 @@ def main() -> None:
 
     models = {}
     for size, model in itertools.product(sweep["sizes"], sweep["models"]):
-        config = configured(sweep, size, model)
-        write(folder / "configs" / f"{size}_{model}.json", config.to_json_string())
-        models[size, model] = config
+        models[size, model] = phases(sweep, size, model)
+        write(folder / "configs" / f"{size}_{model}.json", models[size, model][-1][1].to_json_string())
     times = None
     if options.keep and options.rounds == 0:
         times = {(line["size"], line["model"]): line for line in table["step_ms"]}
@@ -140,7 +141,7 @@ def read(path: Path) -> dict:
     for key, kind in {"sizes": dict, "models": dict, "train": dict, "learning_rates": list, "seeds": list}.items():
         if not isinstance(sweep[key], kind) or not sweep[key]:
             raise ValueError(f"{path}: {key} must be a {kind.__name__} with something in it, not {sweep[key]!r}")
-    known = {"match", *KansformerConfig().to_dict()}
+    known = {"match", "coarse_grids", *KansformerConfig().to_dict()}
     for name, fields in [*sweep["sizes"].items(), *sweep["models"].items()]:
         if not isinstance(fields, dict) or not known.issuperset(fields):
             wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
@@ -174,9 +175,21 @@ def configured(sweep: dict, size: str, model: str) -> KansformerConfig:
     return configuration(sweep["sizes"][size], sweep["models"][model], sweep["reference"], sweep["models"], multiple)
 
 
+def phases(sweep: dict, size: str, model: str) -> list[tuple[int, KansformerConfig]]:
+    """(steps, configuration) of every part of a run: one, or as many as there are grids on the way."""
+    config, start, found = configured(sweep, size, model), 0, []
+    for until, grid_size in [*sweep["models"][model].get("coarse_grids", []), (sweep["train"]["steps"], None)]:
+        part = copy.deepcopy(config)
+        part.grid_size = grid_size or config.grid_size
+        found.append((until - start, part))
+        start = until
+    return found
+
+
 def configuration(size: dict, model: dict, reference: str, models: dict, multiple: int = 4) -> KansformerConfig:
     """A block matched to the reference, or to another model, to the closest multiple of `multiple` units."""
     fields = size | model
+    fields.pop("coarse_grids", None)
     matched = fields.pop("match", "params")
     before = list(models)[: list(models.values()).index(model)]
     if matched not in (*MATCHED, *before):
@@ -261,7 +274,8 @@ def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
     for cell in table["cells"]:
         key = cell["size"], cell["model"]
         known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
-        if known and configured(sweep, *key).to_dict() == configured(old, *key).to_dict():
+        parts = ([(n, config.to_dict()) for n, config in phases(which, *key)] for which in (sweep, old))
+        if known and next(parts) == next(parts):
             found[key] = {"trained": made} | cell
     return found
 
@@ -271,6 +285,7 @@ def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: i
     output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
     config = folder / "configs" / f"{size}_{model}.json"
     settings = sweep["train"] | {"seed": seed, "learning_rate": rate, "output_dir": str(output), "model": str(config)}
+    settings |= {key: value for key, value in sweep["models"][model].items() if key == "coarse_grids"}
     settings |= {"keep_best": False, "keep_checkpoints": 1, "device": "auto" if device == "cuda" else "cpu"}
     asked = json.dumps(settings | {"config": json.loads(config.read_text())}, sort_keys=True)
     finished, record = output / "results.json", output / "asked.json"
@@ -294,30 +309,46 @@ def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: i
     return json.loads(finished.read_text())
 
 
-def costs(config: KansformerConfig, settings: dict) -> dict:
-    """What a model costs, from its shapes."""
-    with torch.device("meta"):
-        model = KansformerForCausalLM(config)
+def costs(parts: list[tuple[int, KansformerConfig]], settings: dict) -> dict:
+    """What a model costs, from the shapes of its `phases`: in the end, but FLOPs on the way."""
+    tokens, flops = settings["batch_size"] * settings["sequence_length"], 0
+    for steps, config in parts:
+        with torch.device("meta"):
+            model = KansformerForCausalLM(config)
+        flops += model.flops_per_token(settings["sequence_length"]) * tokens * steps
     counts = model.parameter_counts()
-    tokens = settings["steps"] * settings["batch_size"] * settings["sequence_length"]
     return {
         "intermediate_size": config.intermediate_size,
         "parameters": counts["total"],
         "feed_forward": counts["feed_forward"],
-        "flops": model.flops_per_token(settings["sequence_length"]) * tokens,
+        "flops": flops,
         "weights_read": weights_read(model),
     }
 
 
 def step_times(models: dict, settings: dict, rounds: int, device: str) -> dict[tuple[str, str], dict]:
-    """Milliseconds of one training step of every model: forward, backward, AdamW; the models of a size take turns."""
+    """Milliseconds of one training step of every model: forward, backward, update; the models of a size take turns.
+
+    That of a run in several `phases` is the mean over its steps.
+    """
     times = {}
     if rounds == 0:
         return times
     for size in dict.fromkeys(size for size, _ in models):
         torch.compiler.reset()  # which counts the models that share a forward method, and gives up on the ninth
-        steps = {model: stepper(config, settings, device) for (s, model), config in models.items() if s == size}
-        for model, milliseconds in side_by_side(steps, rounds, device).items():
+        of_size = {model: parts for (s, model), parts in models.items() if s == size}
+        steps = {
+            (model, part): stepper(config, settings, device)
+            for model, parts in of_size.items()
+            for part, (_, config) in enumerate(parts)
+        }
+        measured = side_by_side(steps, rounds, device)
+        for model, parts in of_size.items():
+            total = sum(count for count, _ in parts)
+            milliseconds = [
+                sum(measured[model, part][i] * count / total for part, (count, _) in enumerate(parts))
+                for i in range(rounds)
+            ]
             times[size, model] = {"size": size, "model": model} | summary(milliseconds)
     return times
 
@@ -432,6 +463,8 @@ def page(sweep: dict, result: dict) -> str:
             words += f", but `{name}` the width at which a decoded token reads as many weights"
         elif matched != "params":
             words += f", and `{name}` the parameters of `{matched}`"
+        if coarse := model.get("coarse_grids"):
+            words += f"; `{name}` has {', '.join(f'{size} intervals until step {until}' for until, size in coarse)}"
     parts = ["# Blocks at equal parameters, and at equal weights read", f"`{result['command']}`", words + "."]
     parts += [sweep["note"]] if "note" in sweep else []
     trained: dict[str, list] = {}

@@ -60,6 +60,7 @@ def kan_blocks(result: dict) -> dict[str, str]:
         if model["ffn_type"].startswith("kan"):
             splines = model.get("grid_size", 3) + model.get("spline_order", 1)
             names[name] = f"{model['ffn_type']} C={splines}" + ", wide" * (model.get("match") == "weights_read")
+            names[name] += ", refined" * ("coarse_grids" in model)
     return names
 
 

@@ -42,7 +42,7 @@ def test_cells_cost_what_the_reference_costs():
     }
     settings = {"steps": 10, "batch_size": 4, "sequence_length": 32}
     costs = {
-        name: efficiency.costs(efficiency.configuration(size, model, "swiglu", models), settings)
+        name: efficiency.costs([(10, efficiency.configuration(size, model, "swiglu", models))], settings)
         for name, model in models.items()
     }
     for name in ("mlp", "kan_mix", "kan_gated"):
@@ -56,6 +56,20 @@ def test_cells_cost_what_the_reference_costs():
     wide = [efficiency.configuration(size | {"intermediate_size": 1000}, models[m], "swiglu", models) for m in models]
     assert wide[0].intermediate_size == 1000
     assert wide[3].intermediate_size == 500  # (2 + C) d h
+
+
+def test_a_run_whose_grids_are_refined_costs_what_its_parts_cost():
+    models = {"swiglu": {"ffn_type": "swiglu"}, "coarse": {"ffn_type": "kan_gated", "intermediate_size": 12}}
+    models |= {"fine": models["coarse"] | {"grid_size": 7}, "both": models["coarse"] | {"grid_size": 7}}
+    models["both"] = models["both"] | {"coarse_grids": [[2, 3]]}
+    values = sweep(models=models)
+    parts = efficiency.phases(values, "d16", "both")
+    assert [(steps, config.grid_size) for steps, config in parts] == [(2, 3), (1, 7)]
+    cost = {m: efficiency.costs(efficiency.phases(values, "d16", m), values["train"]) for m in models}
+    assert cost["both"]["flops"] == pytest.approx((2 * cost["coarse"]["flops"] + cost["fine"]["flops"]) / 3)
+    assert cost["both"] | {"flops": 0} == cost["fine"] | {"flops": 0}
+    times = efficiency.step_times({("d16", "both"): parts}, values["train"], 1, "cpu")
+    assert set(times) == {("d16", "both")}
 
 
 def test_ratio_is_what_was_put_in():

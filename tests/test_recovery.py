@@ -492,3 +492,51 @@ def test_fsdp2_trains_checkpoints_resumes_and_reshards(workplace, straight, tmp_
     start_from(straight, 30, scattered)
     run(scattered)
     assert lines(scattered, "loss") == pytest.approx(lines(straight, "loss"), abs=1e-5)
+
+
+# Grids refined on the way
+
+
+REFINED = {"steps": 30, "save_every": 5, "keep_checkpoints": 99, "coarse_grids": "[[10, 1], [20, 2]]"}
+
+
+@pytest.fixture(scope="module")
+def refined(workplace):
+    """30 steps with 1, then 2, then 3 intervals, in this process."""
+    output, threads = workplace / "refined", torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.main(command(workplace, output, **REFINED, resume="none"))  # its own checkpoints are no other run's
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return output
+
+
+def test_grids_are_refined_at_their_steps(refined):
+    for step, size in {5: 1, 10: 1, 15: 2, 20: 2, 25: 3, 30: 3}.items():  # refined before the step that comes
+        folder = refined / "checkpoints" / f"step-{step:08d}"
+        assert json.loads((folder / "config.json").read_text())["grid_size"] == size
+    assert lines(refined, "grid_size") == {10: 2, 20: 3}
+    assert json.loads((refined / "model/config.json").read_text())["grid_size"] == 3
+    moments = tensors(refined, "checkpoints/step-00000015/optimizer.safetensors")
+    steps = {name.split("/")[0].rpartition(".")[2]: int(v) for name, v in moments.items() if name.endswith("/step")}
+    assert steps["spline_weight"] == 5, "the moments of the old coefficients are forgotten"
+    assert steps["weight"] == 15
+
+
+@pytest.mark.parametrize("step", [5, 10, 15, 20, 25])
+def test_a_run_with_refined_grids_resumes_bit_for_bit(workplace, refined, tmp_path, step):
+    start_from(refined, step, tmp_path)
+    train.main(command(workplace, tmp_path, **REFINED))
+    assert_same_run(refined, tmp_path)
+
+
+def test_two_processes_refine_as_one_does(workplace, refined, tmp_path):
+    finish(launch(command(workplace, tmp_path, **REFINED), 2))
+    assert lines(tmp_path, "loss") == pytest.approx(lines(refined, "loss"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp2_refines_as_one_does(workplace, refined, tmp_path):
+    environment = fsdp2_environment() | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    finish(launch(command(workplace, tmp_path, **REFINED), 2, "tests/fsdp_on_cpu.py", **environment))
+    assert lines(tmp_path, "loss") == pytest.approx(lines(refined, "loss"), abs=1e-5)

@@ -280,6 +280,19 @@ def test_settings_that_cannot_work_are_refused():
         Settings(final_model="best", keep_best=False)
     with pytest.raises(ValueError, match=r"grid_update_steps = \[-1\] must be a list of steps"):
         Settings(grid_update_steps=[-1])
+    for wrong in ([500, 3], [[500]], [[500, 3], [400, 5]], [[500, 3], [600, 3]], [[1000, 3]], [[500, 0]], ["500"]):
+        with pytest.raises(ValueError, match=r"coarse_grids = .* must be pairs \[step, grid_size\], both rising"):
+            Settings(coarse_grids=wrong)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("tiny_kan_gated", "below the model's grid_size, which is 3"), ("tiny_swiglu", "needs a KAN")],
+)
+def test_coarse_grids_that_are_no_coarser_are_refused(workplace, tmp_path, model, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(command(workplace, tmp_path, model=model, coarse_grids="[[10, 3]]"))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_key_younger_than_the_checkpoint_had_its_default(tmp_path):

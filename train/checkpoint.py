@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,9 +167,12 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer's state of every parameter of an (unwrapped, prepared) model."""
+def load_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, forget: Collection[str] = ()
+) -> None:
+    """Restore the optimizer's state of every parameter of an (unwrapped, prepared) model but those to `forget`."""
     tensors = load_file(folder / "optimizer.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] not in forget}
     for name, parameter in model.named_parameters():
         state = {}
         for key in [key for key in tensors if key.rpartition("/")[0] == name]:

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
+import math
 import os
 import types
 import typing
@@ -42,6 +44,9 @@ class Settings:
     max_grad_norm: float | None = 1.0
     grid_update_steps: list = field(default_factory=list)  # [100, 200]: before these steps, fit the grids to the inputs
     grid_update_spread: float = 4.0  # standard deviations a grid then reaches on either side of its input's mean
+    coarse_grids: list = field(
+        default_factory=list
+    )  # [[500, 3]]: until step 500 grids of 3 intervals, then the model's
     seed: int = 0
     # on what
     device: str = "auto"  # auto: a GPU where there is one; cpu
@@ -89,6 +94,12 @@ class Settings:
         _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "must lie strictly between 0 and 1")
         valid = all(type(step) is int and step >= 0 for step in self.grid_update_steps)
         _check("grid_update_steps", self.grid_update_steps, valid, "must be a list of steps, such as [100, 200]")
+        pairs = [pair if isinstance(pair, (list, tuple)) else [] for pair in self.coarse_grids]
+        valid = all(len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs)
+        ends = [[0, 0], *pairs, [self.steps, math.inf]] if valid else []
+        rule = f"must be pairs [step, grid_size], both rising, the steps below {self.steps}, such as [[500, 3]]"
+        valid = valid and all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(ends))
+        _check("coarse_grids", self.coarse_grids, valid, rule)
         if self.precision == "fp16":
             raise ValueError(
                 "precision fp16 is not supported: its loss scale overflows now and then and skips those steps, while "
@@ -209,6 +220,10 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
             f"sequence_length {settings.sequence_length} exceeds the model's max_position_embeddings "
             f"{longest}: lower the one or raise the other (--model.max_position_embeddings)"
         )
+    if settings.coarse_grids:
+        size = getattr(config, "grid_size", 0) if "kan" in str(getattr(config, "ffn_type", "")) else 0
+        rule = f"must end below the model's grid_size, which is {size}" if size else "needs a KAN block"
+        _check("coarse_grids", settings.coarse_grids, settings.coarse_grids[-1][1] < size, rule)
     return config
 
 

@@ -19,6 +19,7 @@ numbers, grid updates. So a run that was killed and resumed ends with the weight
 Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or max_minutes with a checkpoint to go on from; 1 an error.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -116,14 +117,29 @@ class Run:
         }
 
         # Model and optimizer, from the newest checkpoint or from the seed
-        self.resumed = checkpoint.resume_from(accelerator, self.checkpoints)
         self.step, self.best = 0, None  # optimizer steps done; the figures of the best evaluation and its step
+        self.open(settings.resume)
+        self.lag = 1 if self.device.type == "cuda" else 0  # steps by which the host sees figures late
+        self.spikes, self.episodes = LossSpikes(settings.spike_window), Episodes()
+        self.figures: dict = {}  # of the last evaluation
+        self.activation_bytes: int | None = None
+        self.seconds, self.tokens = 0.0, 0  # of training since this start
+        self.stop: list[str] = []  # holds a signal's name when the run must stop
+        self.deadline = math.inf
+
+    def open(self, resume: str) -> None:
+        """Model and optimizer, from the newest checkpoint or from the seed, with the grids of the step that comes."""
+        settings, accelerator = self.settings, self.accelerator
+        self.resumed = checkpoint.resume_from(accelerator, self.checkpoints)
         set_seed(settings.seed)
         if self.resumed is None:
-            model = AutoModelForCausalLM.from_config(self.config)
+            config = copy.deepcopy(self.config)
+            if settings.coarse_grids:
+                config.grid_size = self.grid_size()
+            model = AutoModelForCausalLM.from_config(config)
         else:
             state = checkpoint.read_state(self.resumed)
-            check_resume(settings.resume, self.identity, state["identity"], self.resumed)
+            check_resume(resume, self.identity, state["identity"], self.resumed)
             self.step, self.best = state["step"], state.get("best")
             model, loading = AutoModelForCausalLM.from_pretrained(
                 self.resumed, dtype=torch.float32, output_loading_info=True
@@ -131,6 +147,10 @@ class Run:
             assert not loading["missing_keys"], f"{self.resumed} lacks {loading['missing_keys']}"
         if settings.grid_update_steps and not any(True for _ in getattr(model, "kan_layers", tuple)()):
             raise ValueError(f"grid_update_steps = {settings.grid_update_steps}, but {settings.model} has no grids")
+        refined = ()
+        if settings.coarse_grids and model.config.grid_size != self.grid_size():
+            model.extend_grid(self.grid_size())
+            refined = [f"{name}.spline_weight" for name, _ in model.kan_layers()]
         if settings.gradient_checkpointing:
             # transformers 5.2x renames it
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -144,15 +164,25 @@ class Run:
         self.model, _ = accelerator.prepare(model, self.optimizer)
         self.bare_model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.resumed is not None:
-            checkpoint.load_optimizer(self.resumed, self.bare_model, self.optimizer)
+            checkpoint.load_optimizer(self.resumed, self.bare_model, self.optimizer, forget=refined)
         self.model.train()
-        self.lag = 1 if self.device.type == "cuda" else 0  # steps by which the host sees figures late
-        self.spikes, self.episodes = LossSpikes(settings.spike_window), Episodes()
-        self.figures: dict = {}  # of the last evaluation
-        self.activation_bytes: int | None = None
-        self.seconds, self.tokens = 0.0, 0  # of training since this start
-        self.stop: list[str] = []  # holds a signal's name when the run must stop
-        self.deadline = math.inf
+
+    def grid_size(self) -> int:
+        """Intervals of the grids in the step that comes."""
+        coarse = (size for until, size in self.settings.coarse_grids if self.step < until)
+        return next(coarse, self.config.grid_size)
+
+    def refine_grids(self) -> None:
+        """Go on with finer grids, as a run that starts from a checkpoint of this step does: through one."""
+        self.save()
+        self.release()
+        self.open("auto")
+        self.metrics.log(self.step, event="grid_extension", grid_size=self.grid_size(), parameters=self.parameter_count)
+
+    def release(self) -> None:
+        """Let go of the model and its data parallel wrapper."""
+        self.model = self.bare_model = self.optimizer = None
+        self.accelerator.free_memory()
 
     def start(self) -> None:
         """Say what runs, and open the books."""
@@ -197,13 +227,16 @@ class Run:
         progress = tqdm(total=stop_at, initial=self.step, disable=quiet, desc=self.output.name, unit="step")
         with progress:
             while self.step < stop_at:
+                if settings.coarse_grids and self.bare_model.config.grid_size != self.grid_size():
+                    self.refine_grids()
                 if self.step in settings.grid_update_steps:
                     self.update_grids()
                 pending.append((self.step, metrics.on_host(self.training_step(self.step))))
                 self.step += 1
                 done, last = self.step, self.step == settings.steps
                 logging, evaluating, saving = (done % n == 0 or last for n in every)
-                catch_up, stopping = logging or evaluating or saving or done == stop_at, False
+                refining = any(done == until for until, _ in settings.coarse_grids)
+                catch_up, stopping = logging or evaluating or saving or refining or done == stop_at, False
                 while pending and (catch_up or stopping or len(pending) > self.lag):
                     loss, norm, stop_now = self.check(*pending.popleft())
                     stopping = stopping or (stop_now and not last)
@@ -412,8 +445,7 @@ class Run:
         The wrapper's destructor keeps the interpreter's lock. Were it the last to hold the group, it would wait for
         the group's threads, and they, with a tensor of Python's to drop, for that lock (pytorch issue 56297).
         """
-        self.model = None
-        self.accelerator.free_memory()
+        self.release()
         self.accelerator.end_training()
 
 
