@@ -3,9 +3,8 @@
     python benchmarks/sweeps.py
 
 reads benchmarks/results/efficiency_*/table.json and writes sweeps.md and sweeps.png beside them, the least trained
-models first. Nothing is run. A block whose width was matched at equal weights read is compared there alone: it has more
-parameters in its blocks than SwiGLU of its size, and for as many, or as much time, SwiGLU would rather be wider too (as
-in the wide sweeps).
+models first. Nothing is run. At equal parameters and seconds a block is compared with SwiGLU of as many parameters in
+every size, and not where the sweep has none: with more it would rather be wider too.
 """
 
 import json
@@ -65,11 +64,20 @@ def kan_blocks(result: dict) -> dict[str, str]:
 
 
 def needed(result: dict, model: str, axis: str) -> dict | None:
-    """The comparison of a model with the reference at equal `axis`; None where it would not be fair."""
-    if result["sweep"]["models"][model].get("match") == "weights_read" and axis != "weights_read":
-        return None
-    wanted = {"model": model, "baseline": result["sweep"]["reference"], "axis": axis}
-    return next((line for line in result["comparisons"] if wanted.items() <= line.items()), None)
+    """The comparison of a model with a baseline at equal `axis`; None where none would be fair."""
+    sweep = result["sweep"]
+    parameters = {(cell["model"], cell["size"]): cell["parameters"] for cell in result["cells"]}
+
+    def fair(baseline: str) -> bool:
+        ratios = [parameters[baseline, size] / parameters[model, size] for size in sweep["sizes"]]
+        return axis == "weights_read" or all(abs(ratio - 1) < 0.02 for ratio in ratios)
+
+    models = sweep["models"]
+    plain = [
+        b for b in sweep["baselines"] if models[b] | {"match": 0} == {"ffn_type": "swiglu", "match": 0} and fair(b)
+    ]
+    lines = [line for line in result["comparisons"] if line["model"] == model and line["axis"] == axis]
+    return next((line for b in plain[:1] for line in lines if line["baseline"] == b), None)
 
 
 def table(results: list[dict]) -> str:
