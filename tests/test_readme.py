@@ -2,12 +2,17 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import scripts
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import sweeps  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -52,6 +57,12 @@ def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_the_sweeps_are_those_on_their_page():
+    made = sweeps.table(sweeps.load(ROOT / "benchmarks/results"))
+    assert made in README
+    assert made in (ROOT / "benchmarks/results/sweeps.md").read_text()
 
 
 def test_no_number_is_left_open():
