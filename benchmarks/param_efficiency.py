@@ -460,7 +460,7 @@ def page(sweep: dict, result: dict) -> str:
     for name, model in sweep["models"].items():
         matched = model.get("match", "params")
         if matched == "weights_read":
-            words += f", but `{name}` the width at which a decoded token reads as many weights"
+            words += f", `{name}` the width at which a decoded token reads as many weights"
         elif matched != "params":
             words += f", and `{name}` the parameters of `{matched}`"
         if coarse := model.get("coarse_grids"):

@@ -99,7 +99,7 @@ def ratio(line: dict) -> str:
 def draw(results: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d"}
+    colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d", "C=8, wide, refined": "#7e22ce"}
     rows = [(result, model, name) for result in results for model, name in kan_blocks(result).items()]
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
@@ -108,7 +108,7 @@ def draw(results: list[dict], path: Path) -> None:
             line = needed(result, model, axis)
             if line is not None:
                 x, (low, high) = line["ratio"], line["interval"] or 2 * [line["ratio"]]
-                colour = colours[name.partition(" ")[2]]
+                colour = colours.get(name.partition(" ")[2], "#000000")
                 panel.errorbar(x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, markersize=4, capsize=2)
         panel.axvline(1, color="#6b7280", linewidth=1)
         panel.set(xscale="log", title=f"at {label}", xlabel="what SwiGLU needs to match", xlim=(0.5, 3.5))
