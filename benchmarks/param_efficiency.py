@@ -265,6 +265,11 @@ def table_of(sweep: dict, output: Path) -> dict:
     return table
 
 
+def made_of(sweep: dict, size: str, model: str) -> list[tuple[int, dict]]:
+    """`phases`, to be compared."""
+    return [(steps, config.to_dict()) for steps, config in phases(sweep, size, model)]
+
+
 def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
     """The cells of a table whose configurations are the sweep's."""
     env, old = table["environment"], table["sweep"]
@@ -274,8 +279,7 @@ def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
     for cell in table["cells"]:
         key = cell["size"], cell["model"]
         known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
-        parts = ([(n, config.to_dict()) for n, config in phases(which, *key)] for which in (sweep, old))
-        if known and next(parts) == next(parts):
+        if known and made_of(sweep, *key) == made_of(old, *key):
             found[key] = {"trained": made} | cell
     return found
 
@@ -285,7 +289,8 @@ def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: i
     output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
     config = folder / "configs" / f"{size}_{model}.json"
     settings = sweep["train"] | {"seed": seed, "learning_rate": rate, "output_dir": str(output), "model": str(config)}
-    settings |= {key: value for key, value in sweep["models"][model].items() if key == "coarse_grids"}
+    if coarse := sweep["models"][model].get("coarse_grids"):
+        settings["coarse_grids"] = coarse
     settings |= {"keep_best": False, "keep_checkpoints": 1, "device": "auto" if device == "cuda" else "cpu"}
     asked = json.dumps(settings | {"config": json.loads(config.read_text())}, sort_keys=True)
     finished, record = output / "results.json", output / "asked.json"

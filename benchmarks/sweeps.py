@@ -12,6 +12,8 @@ from pathlib import Path
 
 from harness import RESULTS, markdown, write, write_figure
 
+from kansformer import KansformerConfig
+
 AXES = {"parameters": "equal parameters", "seconds": "equal training seconds", "weights_read": "equal weights read"}
 
 
@@ -57,7 +59,8 @@ def kan_blocks(result: dict) -> dict[str, str]:
     names = {}
     for name, model in result["sweep"]["models"].items():
         if model["ffn_type"].startswith("kan"):
-            splines = model.get("grid_size", 3) + model.get("spline_order", 1)
+            fields = KansformerConfig().to_dict() | model
+            splines = fields["grid_size"] + fields["spline_order"]
             names[name] = f"{model['ffn_type']} C={splines}" + ", wide" * (model.get("match") == "weights_read")
             names[name] += ", refined" * ("coarse_grids" in model)
     return names
@@ -72,12 +75,13 @@ def needed(result: dict, model: str, axis: str) -> dict | None:
         ratios = [parameters[baseline, size] / parameters[model, size] for size in sweep["sizes"]]
         return axis == "weights_read" or all(abs(ratio - 1) < 0.02 for ratio in ratios)
 
-    models = sweep["models"]
-    plain = [
-        b for b in sweep["baselines"] if models[b] | {"match": 0} == {"ffn_type": "swiglu", "match": 0} and fair(b)
-    ]
-    lines = [line for line in result["comparisons"] if line["model"] == model and line["axis"] == axis]
-    return next((line for b in plain[:1] for line in lines if line["baseline"] == b), None)
+    def plain(baseline: str) -> bool:
+        fields = sweep["models"][baseline]
+        return fields["ffn_type"] == "swiglu" and fields.keys() <= {"ffn_type", "match"}
+
+    baseline = next((name for name in sweep["baselines"] if plain(name) and fair(name)), None)
+    wanted = {"model": model, "baseline": baseline, "axis": axis}
+    return next((line for line in result["comparisons"] if wanted.items() <= line.items()), None)
 
 
 def table(results: list[dict]) -> str:

@@ -43,15 +43,20 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="module")
-def straight(workplace):
-    """60 steps, more than an epoch, that nothing disturbed, in this process, on one thread; every checkpoint kept."""
-    output, threads = workplace / "straight", torch.get_num_threads()
+def undisturbed(workplace: Path, name: str, **settings) -> Path:
+    """The folder of a whole run in this process."""
+    output, threads = workplace / name, torch.get_num_threads()
     torch.set_num_threads(1)  # sums are split by threads: launched runs have one too
-    train.main(command(workplace, output, steps=60, keep_checkpoints=99, micro_batch_size=4))
+    train.main(command(workplace, output, **settings))
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
     return output
+
+
+@pytest.fixture(scope="module")
+def straight(workplace):
+    """60 steps, more than an epoch, that nothing disturbed, in this process, on one thread; every checkpoint kept."""
+    return undisturbed(workplace, "straight", steps=60, keep_checkpoints=99, micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -503,12 +508,7 @@ REFINED = {"steps": 30, "save_every": 5, "keep_checkpoints": 99, "coarse_grids":
 @pytest.fixture(scope="module")
 def refined(workplace):
     """30 steps with 1, then 2, then 3 intervals, in this process."""
-    output, threads = workplace / "refined", torch.get_num_threads()
-    torch.set_num_threads(1)
-    train.main(command(workplace, output, **REFINED, resume="none"))  # its own checkpoints are no other run's
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return output
+    return undisturbed(workplace, "refined", **REFINED, resume="none")  # its own checkpoints are no other run's
 
 
 def test_grids_are_refined_at_their_steps(refined):

@@ -44,9 +44,7 @@ class Settings:
     max_grad_norm: float | None = 1.0
     grid_update_steps: list = field(default_factory=list)  # [100, 200]: before these steps, fit the grids to the inputs
     grid_update_spread: float = 4.0  # standard deviations a grid then reaches on either side of its input's mean
-    coarse_grids: list = field(
-        default_factory=list
-    )  # [[500, 3]]: until step 500 grids of 3 intervals, then the model's
+    coarse_grids: list = field(default_factory=list)  # [[500, 3]]: grids of 3 intervals until step 500
     seed: int = 0
     # on what
     device: str = "auto"  # auto: a GPU where there is one; cpu
@@ -221,7 +219,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
             f"{longest}: lower the one or raise the other (--model.max_position_embeddings)"
         )
     if settings.coarse_grids:
-        size = getattr(config, "grid_size", 0) if "kan" in str(getattr(config, "ffn_type", "")) else 0
+        size = getattr(config, "ffn_options", {}).get("grid_size", 0)
         rule = f"must end below the model's grid_size, which is {size}" if size else "needs a KAN block"
         _check("coarse_grids", settings.coarse_grids, settings.coarse_grids[-1][1] < size, rule)
     return config

@@ -173,8 +173,7 @@ class Run:
         return next(coarse, self.config.grid_size)
 
     def refine_grids(self) -> None:
-        """Go on with finer grids, as a run that starts from a checkpoint of this step does: through one."""
-        self.save()
+        """Go on with finer grids from the checkpoint of this step, as a run does that is started from it."""
         self.release()
         self.open("auto")
         self.metrics.log(self.step, event="grid_extension", grid_size=self.grid_size(), parameters=self.parameter_count)
@@ -227,15 +226,13 @@ class Run:
         progress = tqdm(total=stop_at, initial=self.step, disable=quiet, desc=self.output.name, unit="step")
         with progress:
             while self.step < stop_at:
-                if settings.coarse_grids and self.bare_model.config.grid_size != self.grid_size():
-                    self.refine_grids()
                 if self.step in settings.grid_update_steps:
                     self.update_grids()
                 pending.append((self.step, metrics.on_host(self.training_step(self.step))))
                 self.step += 1
                 done, last = self.step, self.step == settings.steps
                 logging, evaluating, saving = (done % n == 0 or last for n in every)
-                refining = any(done == until for until, _ in settings.coarse_grids)
+                refining = done in dict(settings.coarse_grids)
                 catch_up, stopping = logging or evaluating or saving or refining or done == stop_at, False
                 while pending and (catch_up or stopping or len(pending) > self.lag):
                     loss, norm, stop_now = self.check(*pending.popleft())
@@ -262,12 +259,14 @@ class Run:
                         and self.figures["val_loss"] < (self.best or {"val_loss": math.inf})["val_loss"]
                     ):
                         self.best, saving = {"step": done, **self.figures}, True
-                if saving or stopping:
+                if saving or stopping or refining:
                     self.save()
                 if stopping:
                     reason = self.stop[0] if self.stop else "another process's signal, or max_minutes"
                     self.accelerator.print(f"stopped at step {done} ({reason}); the same command goes on")
                     raise SystemExit(EXIT_STOPPED)
+                if refining:
+                    self.refine_grids()
                 mark = time.perf_counter()
 
     def training_step(self, step: int) -> torch.Tensor:

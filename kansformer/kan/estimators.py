@@ -67,9 +67,9 @@ class _KANEstimator(BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.mean_, scale = X.mean(0), X.std(0)
         self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, 1.0)
-        if not isinstance(self.hidden, Integral) and not np.iterable(self.hidden):
-            raise ValueError(f"hidden is {self.hidden!r}: it must be a number of nodes, or a list, one a layer")
-        hidden = [self.hidden] if isinstance(self.hidden, Integral) else list(self.hidden)
+        hidden = [self.hidden] if isinstance(self.hidden, Integral) else self.hidden
+        if not np.iterable(hidden):
+            raise ValueError(f"hidden is {hidden!r}: it must be a number of nodes, or a list, one a layer")
         self.network_ = KAN(
             [X.shape[1], *hidden, outputs],
             grid_size=self.grid_size,

@@ -57,9 +57,12 @@ class KANLayer(nn.Module):
     def forward(self, x: Tensor, features: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """x (N, I) to nodes (N, sums + products); `features`, where x was seen before, is `self.features(x)`."""
         linear = self.linear
-        fused = torch.compiler.is_exporting()  # for any number of rows
-        fused = fused or x.numel() * linear.num_basis * x.element_size() > DENSE_BYTES or under_transform()
-        if features is None and fused:
+        fused = features is None and (
+            torch.compiler.is_exporting()  # for any number of rows
+            or x.numel() * linear.num_basis * x.element_size() > DENSE_BYTES
+            or under_transform()
+        )
+        if fused:
             subnodes = self._fused(x)
         else:
             subnodes = _Dense.apply(x, linear.spline_weight, linear.base_weight, self, features, False)

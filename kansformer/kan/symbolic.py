@@ -102,6 +102,10 @@ class SymbolicEdges(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_grouped": None}  # versions of a copy count from 0
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.groups()
+
     @torch.no_grad()
     def set(self, o: Place, i: Place, function: Tensor | int, affine: Tensor | None = None) -> None:
         """Make edges i -> o the functions of these places in LIBRARY, or SPLINE."""
