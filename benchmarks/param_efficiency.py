@@ -11,7 +11,7 @@ One yaml declares the sweep:
               with `match: weights_read` that at which a decoded token reads as many weights as in the reference; with
               `match: NAME` that of the parameters of the model NAME, which stands before it; `coarse_grids` as in
               train.py: its grids are refined on the way, and what it costs is what every part of the run costs
-    reference, baselines    models that the others are compared with
+    reference, baselines    models that the others are compared with; [A, B] is one baseline of the sizes of both
     learning_rates    each model of each size takes its own best, by the first seed
     note      what must stand beside its figures, if anything
     seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's order
@@ -20,20 +20,23 @@ Finished runs are not repeated and killed ones go on, so the same command extend
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
 size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time. The step
 has the optimizer, precision and compilation of `train`, or with `--compiled` compilation in any case. `--keep` trains
-only what the table in the output folder lacks: losses of the same runs stay, with the commit they were trained at; with
-`--rounds 0` the times stay too.
+only what the table in the output folder lacks: losses of the same runs stay; with `--rounds 0` the times stay too. A
+cell names the commits at which its runs were trained.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
 
     ratio = exp((L(x) - loss) / s),    s = -dL / dlog x
 
-at every size; the geometric mean over sizes. Its interval is 95% of 2,000 draws of every size's mean loss, given the
-seeds' losses: normal noise of one variance for all sizes of both models, which is drawn too, from its own distribution
-(so that a mean is Student's t about what was seen; three seeds resampled would be a fifth too sure). L is the lower
-convex hull of a baseline's sizes: one that lies above the line between two others has spent its x badly, since a size
-between those would do better.
-Beyond its sizes the end segments are continued: ratios of models that have much more than it are the less certain ones.
+at every size; the geometric mean over sizes. L is the lower convex hull of a baseline's sizes: one that lies above the
+line between two others has spent its x badly, since a size between those would do better; the model's sizes above its
+own hull do not count either, so that a model needs 1x to match itself. Beyond its sizes the end segments are continued:
+ratios of models that have much more than it are the less certain ones.
+
+The interval is 95% of 2,000 draws of every size's mean loss, given the seeds' losses: normal noise of one variance for
+the whole sweep, which is drawn too, from its own distribution (so that a mean is Student's t about what was seen; three
+seeds resampled would be a fifth too sure). At equal seconds there is none: step times of one pair of models differ
+between sweeps by more than their losses' noise is worth.
 """
 
 import argparse
@@ -106,7 +109,7 @@ def main() -> None:
         times = {(line["size"], line["model"]): line for line in table["step_ms"]}
         if untimed := [f"{model} {size}" for size, model in models if (size, model) not in times]:
             raise ValueError(f"the table has no times of {', '.join(untimed)}: give --rounds")
-    cells = run_all(sweep, folder, options.workers, options.device, cells, stamp(env))
+    cells = run_all(sweep, folder, options.workers, options.device, stamp(env), cells)
     if times is not None:
         env = table["environment"]
     else:
@@ -147,11 +150,17 @@ def read(path: Path) -> dict:
             wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
             raise ValueError(f"{path}: {name} has {wrong}: no field of KansformerConfig")
     sweep["learning_rates"] = [float(rate) for rate in sweep["learning_rates"]]  # yaml reads 1e-3 as a string
-    if unknown := {sweep["reference"], *sweep["baselines"]} - set(sweep["models"]):
+    named = {sweep["reference"], *itertools.chain.from_iterable(map(members, sweep["baselines"]))}
+    if unknown := named - set(sweep["models"]):
         raise ValueError(f"{path}: {', '.join(sorted(unknown))} is none of the models {', '.join(sweep['models'])}")
     if "steps" not in sweep["train"] or {"seed", "learning_rate", "model", "output_dir"} & set(sweep["train"]):
         raise ValueError(f"{path}: train needs steps; seed, learning_rate, model and output_dir are the sweep's own")
     return sweep
+
+
+def members(baseline: str | list[str]) -> list[str]:
+    """The models of a baseline."""
+    return [baseline] if isinstance(baseline, str) else baseline
 
 
 def weights_read(module: nn.Module) -> float:
@@ -210,11 +219,11 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
 
 
 def run_all(
-    sweep: dict, folder: Path, workers: int, device: str, kept: dict | None = None, made: str = ""
+    sweep: dict, folder: Path, workers: int, device: str, made: str, kept: dict | None = None
 ) -> dict[tuple[str, str], dict]:
     """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed.
 
-    Cells that are `kept` are not run; the others are `made` at a commit.
+    Cells that are `kept` are not run; runs that are not there yet are `made` at a commit.
     """
     every = list(itertools.product(sweep["sizes"], sweep["models"]))
     keys = [key for key in every if key not in (kept or {})]
@@ -222,7 +231,7 @@ def run_all(
     results: dict[tuple, dict] = {}
 
     def run(job: tuple) -> None:
-        results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers))
+        results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers), made)
         done, loss = len(results), results[job]["val_loss"]
         print(f"{done}: size {job[0]}, {job[1]}, rate {job[2]:g}, seed {job[3]}: {loss:.4f}", flush=True)
 
@@ -239,7 +248,8 @@ def run_all(
         rate = best[size, model]
         runs = [results[size, model, rate, seed] for seed in sweep["seeds"]]
         searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
-        cells[size, model] = {"size": size, "model": model, "trained": made, "learning_rate": rate}
+        trained = "; ".join(sorted({run["trained"] for run in runs}))
+        cells[size, model] = {"size": size, "model": model, "trained": trained, "learning_rate": rate}
         cells[size, model] |= {"searched": searched, "losses": [r["val_loss"] for r in runs]}
         cells[size, model] |= {"bits_per_byte": [r["val_bits_per_byte"] for r in runs]}
     return cells
@@ -272,20 +282,19 @@ def made_of(sweep: dict, size: str, model: str) -> list[tuple[int, dict]]:
 
 def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
     """The cells of a table whose configurations are the sweep's."""
-    env, old = table["environment"], table["sweep"]
-    made = env.get("trained") or stamp(env)
-
-    found = {}
+    old, found = table["sweep"], {}
     for cell in table["cells"]:
         key = cell["size"], cell["model"]
         known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
         if known and made_of(sweep, *key) == made_of(old, *key):
-            found[key] = {"trained": made} | cell
+            found[key] = cell
     return found
 
 
-def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: int, device: str, threads: int) -> dict:
-    """results.json of one run, which train/train.py does, or goes on with, or has done."""
+def train(
+    sweep: dict, folder: Path, size: str, model: str, rate: float, seed: int, device: str, threads: int, made: str
+) -> dict:
+    """results.json of one run, which train/train.py does, or goes on with, or has done, with the commit, `made`."""
     output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
     config = folder / "configs" / f"{size}_{model}.json"
     settings = sweep["train"] | {"seed": seed, "learning_rate": rate, "output_dir": str(output), "model": str(config)}
@@ -310,6 +319,7 @@ def train(sweep: dict, folder: Path, size: str, model: str, rate: float, seed: i
         )
         if done.returncode != 0:
             raise RuntimeError(f"the run in {output} failed:\n{done.stderr[-3000:]}")
+        write_json(finished, json.loads(finished.read_text()) | {"trained": made})
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return json.loads(finished.read_text())
 
@@ -380,14 +390,16 @@ def stepper(config: KansformerConfig, settings: dict, device: str):
 def compare(sweep: dict, cells: dict) -> list[dict]:
     """For every model, baseline and axis: loss at equal x, and how much of x the baseline needs to match."""
     comparisons = []
-    for model, baseline, axis in itertools.product(sweep["models"], sweep["baselines"], AXES):
-        if model == baseline or next(iter(cells.values()))[axis] is None or len(sweep["sizes"]) < 2:
+    losses = [cell["losses"] for cell in cells.values()]
+    for model, baseline, axis in itertools.product(sweep["models"], map(members, sweep["baselines"]), AXES):
+        if model in baseline or next(iter(cells.values()))[axis] is None or len(sweep["sizes"]) < 2:
             continue
-        points = [[(cells[size, name][axis], cells[size, name]["losses"]) for size in sweep["sizes"]]
-                  for name in (model, baseline)]  # fmt: skip
-        differences, ratio, interval = match(*points)
-        line = {"model": model, "baseline": baseline, "axis": axis, "ratio": None if math.isnan(ratio) else ratio}
-        comparisons.append(line | {"interval": interval, "difference": dict(zip(sweep["sizes"], differences))})
+        points = [[(cells[size, name][axis], cells[size, name]["losses"]) for name in names for size in sweep["sizes"]]
+                  for names in ([model], baseline)]  # fmt: skip
+        differences, ratio, interval = match(*points, None if axis == "seconds" else losses)
+        line = {"model": model, "baseline": ", ".join(baseline), "axis": axis}
+        line |= {"ratio": None if math.isnan(ratio) else ratio, "interval": interval}
+        comparisons.append(line | {"difference": dict(zip(sweep["sizes"], differences))})
     return comparisons
 
 
@@ -408,15 +420,15 @@ def bytes_a_word(folder: Path) -> float | None:
 Points = list[tuple[float, list[float]]]  # (x, losses by seed) of every size
 
 
-def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[float, float] | None]:
+def match(
+    model: Points, baseline: Points, losses: list[list[float]] | None = None
+) -> tuple[list[float], float, tuple[float, float] | None]:
     """(loss minus the baseline's at equal x, by size; x that the baseline needs over the model's; its 95% interval).
 
-    The ratio is nan where the baseline gains nothing by more; the interval None there, and where all have one seed.
+    The interval comes from the noise of `losses`, by seed, of all that was trained. The ratio is nan where the baseline
+    gains nothing by more; the interval None there, without losses, and where all have one seed.
     """
     chance = random.Random(0)
-    cells = [losses for points in (model, baseline) for _, losses in points]
-    freedom = sum(len(losses) - 1 for losses in cells)
-    squares = sum((loss - statistics.fmean(losses)) ** 2 for losses in cells for loss in losses)
 
     def once(noise: float = 0.0) -> tuple[list[float], float]:
         def mean(losses: list[float]) -> float:
@@ -428,12 +440,15 @@ def match(model: Points, baseline: Points) -> tuple[list[float], float, tuple[fl
             return [], math.nan
         slope = -statistics.linear_regression(*zip(*theirs)).slope
         differences = [loss - interpolate(theirs, x) for x, loss in ours]
-        ratio = math.exp(-statistics.fmean(differences) / slope) if slope > 0 else math.nan
-        return differences, ratio
+        best = frontier(sorted(ours))
+        gained = -statistics.fmean(difference for point, difference in zip(ours, differences) if point in best)
+        return differences, math.exp(gained / slope) if slope > 0 else math.nan
 
     differences, ratio = once()
+    freedom = sum(len(seeds) - 1 for seeds in losses or ())
     if not freedom or math.isnan(ratio):
         return differences, ratio, None
+    squares = sum((loss - statistics.fmean(seeds)) ** 2 for seeds in losses for loss in seeds)
     draws = [once(math.sqrt(squares / (2 * chance.gammavariate(freedom / 2, 1))))[1] for _ in range(DRAWS)]
     ratios = sorted(ratio for ratio in draws if not math.isnan(ratio))
     return differences, ratio, (ratios[int(0.025 * len(ratios))], ratios[int(0.975 * len(ratios))])
@@ -502,7 +517,7 @@ def tables(sweep: dict, result: dict) -> list[str]:
     seeds = len(sweep["seeds"])
     parts = [f"Mean over {seeds} seeds; spread: largest minus smallest. *: the rate is at an end of what was searched."]
     parts.append(markdown(columns, rows))
-    for baseline in sweep["baselines"]:
+    for baseline in (", ".join(members(baseline)) for baseline in sweep["baselines"]):
         lines = [line for line in result["comparisons"] if line["baseline"] == baseline]
         if not lines:
             continue

@@ -3,14 +3,15 @@
     python benchmarks/sweeps.py
 
 reads benchmarks/results/efficiency_*/table.json and writes sweeps.md and sweeps.png beside them, the least trained
-models first. Nothing is run. At equal parameters and seconds a block is compared with SwiGLU of as many parameters in
-every size, and not where the sweep has none: with more it would rather be wider too.
+models first. Nothing is run. A block is compared with SwiGLU at its best, of any width that its sweep has, and only
+where one of them has as many parameters as the block in every size: with more, SwiGLU would rather be wider too.
 """
 
 import json
 from pathlib import Path
 
 from harness import RESULTS, markdown, write, write_figure
+from param_efficiency import members
 
 from kansformer import KansformerConfig
 
@@ -67,35 +68,45 @@ def kan_blocks(result: dict) -> dict[str, str]:
 
 
 def needed(result: dict, model: str, axis: str) -> dict | None:
-    """The comparison of a model with a baseline at equal `axis`; None where none would be fair."""
+    """The comparison of a model with SwiGLU at equal `axis`; None where none would be fair."""
     sweep = result["sweep"]
     parameters = {(cell["model"], cell["size"]): cell["parameters"] for cell in result["cells"]}
 
-    def fair(baseline: str) -> bool:
-        ratios = [parameters[baseline, size] / parameters[model, size] for size in sweep["sizes"]]
-        return axis == "weights_read" or all(abs(ratio - 1) < 0.02 for ratio in ratios)
+    def fair(baseline: list[str]) -> bool:
+        return all(
+            any(abs(parameters[name, size] / parameters[model, size] - 1) < 0.02 for name in baseline)
+            for size in sweep["sizes"]
+        )
 
-    def plain(baseline: str) -> bool:
-        fields = sweep["models"][baseline]
+    def plain(name: str) -> bool:
+        fields = sweep["models"][name]
         return fields["ffn_type"] == "swiglu" and fields.keys() <= {"ffn_type", "match"}
 
-    baseline = next((name for name in sweep["baselines"] if plain(name) and fair(name)), None)
-    wanted = {"model": model, "baseline": baseline, "axis": axis}
+    baselines = [names for names in map(members, sweep["baselines"]) if all(map(plain, names)) and fair(names)]
+    if not baselines:
+        return None
+    wanted = {"model": model, "baseline": ", ".join(max(baselines, key=len)), "axis": axis}
     return next((line for line in result["comparisons"] if wanted.items() <= line.items()), None)
+
+
+def compared(result: dict) -> dict[str, list[dict | None]]:
+    """Name on the page: its comparison on every axis; of the blocks that have a fair one."""
+    lines = {name: [needed(result, model, axis) for axis in AXES] for model, name in kan_blocks(result).items()}
+    return {name: found for name, found in lines.items() if any(found)}
 
 
 def table(results: list[dict]) -> str:
     rows = []
     for result in results:
         tokens = tokens_a_parameter(result)
-        for model, name in kan_blocks(result).items():
-            lines = [needed(result, model, axis) for axis in AXES]
-            cells = ["-" if line is None else ratio(line) for line in lines]
-            rows.append([title(result), f"{min(tokens):.1f} to {max(tokens):.0f}", name, *cells])
+        for name, lines in compared(result).items():
+            rows.append([title(result), f"{min(tokens):.1f} to {max(tokens):.0f}", name, *map(ratio, lines)])
     return markdown(["sweep", "tokens a parameter", "block", *AXES.values()], rows)
 
 
-def ratio(line: dict) -> str:
+def ratio(line: dict | None) -> str:
+    if line is None:
+        return "-"
     interval = "" if line["interval"] is None else " ({:.2f} to {:.2f})".format(*line["interval"])
     return f"{line['ratio']:.2f}x{interval}"
 
@@ -104,15 +115,18 @@ def draw(results: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d", "C=8, wide, refined": "#7e22ce"}
-    rows = [(result, model, name) for result in results for model, name in kan_blocks(result).items()]
+    rows = [
+        (f"{title(result)}: {name.partition(' ')[2]}", lines)
+        for result in results
+        for name, lines in compared(result).items()
+    ]
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
-    for panel, (axis, label) in zip(panels, AXES.items()):
-        for y, (result, model, name) in enumerate(rows):
-            line = needed(result, model, axis)
-            if line is not None:
-                x, (low, high) = line["ratio"], line["interval"] or 2 * [line["ratio"]]
-                colour = colours.get(name.partition(" ")[2], "#000000")
+    for at, (panel, label) in enumerate(zip(panels, AXES.values())):
+        for y, (name, lines) in enumerate(rows):
+            if lines[at] is not None:
+                x, (low, high) = lines[at]["ratio"], lines[at]["interval"] or 2 * [lines[at]["ratio"]]
+                colour = colours.get(name.partition(": ")[2], "#000000")
                 panel.errorbar(x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, markersize=4, capsize=2)
         panel.axvline(1, color="#6b7280", linewidth=1)
         panel.set(xscale="log", title=f"at {label}", xlabel="what SwiGLU needs to match", xlim=(0.5, 3.5))
@@ -121,7 +135,7 @@ def draw(results: list[dict], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(axis="x", color="#e5e7eb", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), [f"{title(result)}: {name.partition(' ')[2]}" for result, _, name in rows])
+    panels[0].set_yticks(range(len(rows)), [name for name, _ in rows])
     panels[0].invert_yaxis()
     write_figure(path, figure, results[0]["environment"])
 

@@ -79,22 +79,27 @@ def test_ratio_is_what_was_put_in():
         losses = [3 - 0.2 * math.log(better * x) for x in sizes]
         return [(x, [loss - noise, loss, loss + noise]) for x, loss in zip(sizes, losses)]
 
-    differences, ratio, (low, high) = efficiency.match(points([10, 30, 90], 1.3), points([12, 40, 100], 1.0))
+    def match(model, baseline):
+        return efficiency.match(model, baseline, [losses for _, losses in [*model, *baseline]])
+
+    differences, ratio, (low, high) = match(points([10, 30, 90], 1.3), points([12, 40, 100], 1.0))
     assert [ratio, low, high] == pytest.approx([1.3] * 3)
     assert differences == pytest.approx([-0.2 * math.log(1.3)] * 3)
-    _, ratio, (low, high) = efficiency.match(points([10, 30, 90], 0.8, 0.01), points([10, 30, 90], 1.0, 0.01))
+    _, ratio, (low, high) = match(points([10, 30, 90], 0.8, 0.01), points([10, 30, 90], 1.0, 0.01))
     assert ratio == pytest.approx(0.8)
     assert low < ratio < high < 1
-    # in a size's mean the noise is 0.01 / sqrt(3), in a mean of three sizes 0.01 / 3, in a difference of two
-    # models sqrt(2) of that; the slope is 0.2, and 12 degrees of freedom put 95% within 2.179 of Student's t
-    assert math.log(high / low) / 2 == pytest.approx(2.179 * math.sqrt(2) * 0.01 / 3 / 0.2, rel=0.1)
+    # of two sizes none leaves a hull: in a size's mean the noise is 0.01 / sqrt(3), in a mean of two 0.01 / sqrt(6), in
+    # a difference of two models 0.01 / sqrt(3); the slope is 0.2, and 8 degrees of freedom put 95% within 2.306
+    low, high = match(points([10, 90], 0.8, 0.01), points([10, 90], 1.0, 0.01))[2]
+    assert math.log(high / low) / 2 == pytest.approx(2.306 * 0.01 / math.sqrt(3) / 0.2, rel=0.1)
     once = [[(x, losses[:1]) for x, losses in points([10, 30, 90], better)] for better in (0.8, 1.0)]
-    assert efficiency.match(*once)[2] is None
+    assert match(*once)[2] is None
     assert math.isnan(efficiency.match(points([1, 2], 1.0), [(1, [2.0]), (2, [3.0])])[1])  # more gives a higher loss
     differences = efficiency.match([*points([90], 1.3), *points([10], 1.0)], points([10, 30, 90], 1.0))[0]
     assert differences == pytest.approx([-0.2 * math.log(1.3), 0], abs=1e-12)  # in the model's order
     spent_badly = [*points([10, 30, 90], 1.0), *points([31, 91], 0.1)]
     assert efficiency.match(points([20, 60], 1.3), spent_badly)[1] == pytest.approx(1.3)
+    assert efficiency.match(spent_badly, spent_badly)[1:] == (1, None)
     assert efficiency.frontier([(0, 9), (1, 8.9), (2, 5), (2, 6), (3, 4), (4, 4.5)]) == [(0, 9), (2, 5), (3, 4)]
 
 
@@ -125,9 +130,10 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
         assert cell["losses"][0] == cell["searched"]["0.001"]
     assert (tmp_path / "out" / "efficiency.png").stat().st_size > 10_000
     assert str(result["environment"]["commit"]) in (tmp_path / "out" / "table.md").read_text()
-    again = efficiency.run_all(efficiency.read(path), tmp_path / "runs" / "tiny", 2, "cpu")
+    again = efficiency.run_all(efficiency.read(path), tmp_path / "runs" / "tiny", 2, "cpu", "another commit")
     assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("results.json")}
-    assert [cell["losses"] for cell in again.values()] == [cell["losses"] for cell in result["cells"]]
+    for was, cell in zip(result["cells"], again.values()):
+        assert [cell["losses"], cell["trained"]] == [was["losses"], was["trained"]]
     more = text | {"models": text["models"] | {"wider": {"ffn_type": "swiglu", "intermediate_size": 64}}}
     path.write_text(yaml.safe_dump(more))
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
@@ -151,7 +157,7 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
     with pytest.raises(ValueError, match="other settings: remove it"):
-        efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu")
+        efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu", "another commit")
 
 
 @pytest.mark.parametrize(
