@@ -3,12 +3,13 @@
     python benchmarks/bench_distill.py SmolLM2-135M-Instruct.Q4_1.gguf --train_text train.txt --valid_text valid.txt
 
 Each chosen layer's block is matched on its own real inputs and outputs, first in closed form, then by gradient steps
-(the same number and the same tokens for all, each student at the better of `--rates` on tokens that neither step saw):
+(the same number and the same tokens for all, each student at the best ridge and rate on tokens that neither step saw):
 
     svd        gate, up and down each of low rank, the truncation weighted by the covariance of the matrix's inputs
                (data-aware SVD, as in arXiv:2403.07378)
     swiglu     the units of most output energy; down by least squares
-    kan_gated  fewer units, each with an edge function (silu and a spline) to every output, by least squares
+    kan_gated  fewer units, each with an edge function (silu and a spline) to every output, by least squares; the ridge
+               is the splines' own, and leaves SwiGLU of as many units as it grows
 
 Then all chosen layers are replaced at once, and the model's held-out loss is the figure. Shares are of the block's
 parameters. The source is anything that kansformer.convert takes.
@@ -30,7 +31,8 @@ from kansformer import splines
 from kansformer.layers import KANGated, SwiGLU
 
 METHODS = ("svd", "swiglu", "kan_gated")
-RIDGE = 1e-4  # of the mean square of a feature
+RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the mean square of a feature
+RIDGE = 1e-4  # that of the silu terms of kan_gated
 
 
 def main() -> None:
@@ -124,17 +126,21 @@ def distil(
 ) -> tuple[nn.Module, dict]:
     """A student of `share` of the block's parameters, and its errors on held-out text before and after the steps."""
     x, y = pair
-    chosen = len(x) // 8  # tokens that choose the rate
+    chosen = len(x) // 8  # tokens that choose the ridge and the rate
     start = {"svd": low_rank, "swiglu": narrow_swiglu, "kan_gated": narrow_kan}[method]
     with torch.no_grad():
-        first = start(block, share, x[chosen:], y[chosen:], options)
-    students = []
-    for rate in options.rates:
-        student = copy.deepcopy(first)
+        starts = [(strength, start(block, share, x[chosen:], y[chosen:], strength, options)) for strength in RIDGES]
+
+    def best(students: list[tuple[float, nn.Module]]) -> tuple[float, nn.Module]:
+        return min(students, key=lambda item: error(item[1], x[:chosen], y[:chosen]))
+
+    strength, first = best(starts)
+    students = [(rate, copy.deepcopy(first)) for rate in options.rates]
+    for rate, student in students:
         descend(student, x[chosen:], y[chosen:], rate, options)
-        students.append((error(student, x[:chosen], y[:chosen]), rate, student))
-    _, rate, student = min(students, key=lambda item: item[0])
-    return student, {"closed_form": error(first, *held_out), "error": error(student, *held_out), "rate": rate}
+    rate, student = best(students)
+    errors = {"closed_form": error(first, *held_out), "error": error(student, *held_out)}
+    return student, errors | {"ridge": strength, "rate": rate}
 
 
 @torch.no_grad()
@@ -177,17 +183,19 @@ class LowRankSwiGLU(nn.Module):
         return ((F.silu(gate) * up) @ b.mT) @ a.mT
 
 
-def low_rank(block: nn.Module, share: float, x: Tensor, y: Tensor, options: argparse.Namespace) -> nn.Module:
+def low_rank(
+    block: nn.Module, share: float, x: Tensor, y: Tensor, strength: float, options: argparse.Namespace
+) -> nn.Module:
     gate, up, down = block.gate_proj.weight, block.up_proj.weight, block.down_proj.weight
     rank = max(1, round(share * gate.numel() / sum(gate.shape)))
     hidden = F.silu(x @ gate.mT) * (x @ up.mT)
-    return LowRankSwiGLU(truncated(gate, x, rank), truncated(up, x, rank), truncated(down, hidden, rank))
+    return LowRankSwiGLU(*(truncated(*matrix, rank, strength) for matrix in ((gate, x), (up, x), (down, hidden))))
 
 
-def truncated(weight: Tensor, inputs: Tensor, rank: int) -> Pair:
+def truncated(weight: Tensor, inputs: Tensor, rank: int, strength: float) -> Pair:
     """(O, r) and (r, I) whose product P minimises the error of inputs @ P.mT: SVD of weight @ S, covariance S S.mT."""
     covariance = (inputs.mT @ inputs).double() / len(inputs)
-    covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    covariance += strength * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
     factor = torch.linalg.cholesky(covariance)
     u, s, v = torch.linalg.svd(weight.double() @ factor, full_matrices=False)
     back = torch.linalg.solve_triangular(factor, v[:rank], upper=False, left=False)  # v @ S^-1
@@ -202,26 +210,30 @@ def strongest(block: nn.Module, x: Tensor, count: int) -> Tensor:
     return energy.topk(count).indices.sort().values
 
 
-def ridge(features: Tensor, y: Tensor) -> Tensor:
-    """(F, O) that maps features (N, F) to y (N, O)."""
+def ridge(features: Tensor, y: Tensor, strengths: Tensor) -> Tensor:
+    """(F, O) that maps features (N, F) to y (N, O); strengths (F,) or ()."""
     features, y = features.double(), y.double()
     gram = features.mT @ features
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram.diagonal().add_(strengths * gram.diagonal().mean())
     return torch.linalg.solve(gram, features.mT @ y).float()
 
 
-def narrow_swiglu(block: nn.Module, share: float, x: Tensor, y: Tensor, options: argparse.Namespace) -> nn.Module:
+def narrow_swiglu(
+    block: nn.Module, share: float, x: Tensor, y: Tensor, strength: float, options: argparse.Namespace
+) -> nn.Module:
     hidden_size, units = x.shape[1], block.gate_proj.weight.shape[0]
     keep = strongest(block, x, max(1, round(share * units)))
     student = SwiGLU(hidden_size, len(keep))
     student.gate_proj.weight.copy_(block.gate_proj.weight[keep])
     student.up_proj.weight.copy_(block.up_proj.weight[keep])
     hidden = F.silu(student.gate_proj(x)) * student.up_proj(x)
-    student.down_proj.weight.copy_(ridge(hidden, y).mT)
+    student.down_proj.weight.copy_(ridge(hidden, y, torch.tensor(strength)).mT)
     return student
 
 
-def narrow_kan(block: nn.Module, share: float, x: Tensor, y: Tensor, options: argparse.Namespace) -> nn.Module:
+def narrow_kan(
+    block: nn.Module, share: float, x: Tensor, y: Tensor, strength: float, options: argparse.Namespace
+) -> nn.Module:
     hidden_size, units = x.shape[1], block.gate_proj.weight.shape[0]
     C = options.grid_size + 1
     keep = strongest(block, x, max(1, round(share * 3 * units / (3 + C))))
@@ -231,9 +243,10 @@ def narrow_kan(block: nn.Module, share: float, x: Tensor, y: Tensor, options: ar
     z, v, layer = student.gate_proj(x), student.up_proj(x), student.down_proj
     layer.update_grid(z)
     phi = splines.basis(z, layer.grid, options.grid_size, 1) * v.unsqueeze(-1)
-    solution = ridge(torch.cat([phi.flatten(1), F.silu(z) * v], 1), y)
-    layer.spline_weight.copy_(solution[: len(layer.spline_weight)])
-    layer.base_weight.copy_(solution[len(layer.spline_weight) :].mT)
+    strengths = torch.tensor([strength, RIDGE]).repeat_interleave(torch.tensor([phi[0].numel(), len(keep)]))
+    spline, base = ridge(torch.cat([phi.flatten(1), F.silu(z) * v], 1), y, strengths).split([phi[0].numel(), len(keep)])
+    layer.spline_weight.copy_(spline)
+    layer.base_weight.copy_(base.mT)
     return student
 
 
