@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one call: correctness, kernels, blocks, decoding, models. Continues past a failure.
 
-    python benchmarks/gpu.py --output FOLDER        # half an hour at most; --only for a part of it
+    python benchmarks/gpu.py --output FOLDER --seconds 580 --archive gpu.tar.gz        # --only for a part of it
 
-Each step has its own limit in seconds, its output in FOLDER/STEP.log, its tables in FOLDER, its json there as it goes.
+Each step has its own limit in seconds, or what is left of all seconds; its output in FOLDER/STEP.log, its tables in
+FOLDER. The archive holds FOLDER, and is written anew after every step: what was done is there whatever happens next.
 The package need not be installed. The summary, last, is one JSON line: step, exit status (124: over its limit) and
 seconds.
 """
@@ -11,8 +12,10 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,20 +23,23 @@ from harness import GPU_TESTS, ROOT, write_json
 
 # name: (seconds, arguments)
 STEPS = {
-    "tests": (400, [*GPU_TESTS, "--numprocesses", "8"]),
-    "kernels": (300, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
-    "blocks": (400, ["benchmarks/bench_ffn.py", "--device", "cuda", "--rounds", "9", "--no_tests"]),
-    "decode": (300, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m", "350m"]),
-    "models": (300, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
+    "tests": (300, [*GPU_TESTS, "--numprocesses", "8"]),
+    "kernels": (200, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
+    "blocks": (300, ["benchmarks/bench_ffn.py", "--device", "cuda", "--rounds", "9", "--no_tests"]),
+    "decode": (150, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m", "350m"]),
+    "models": (200, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1800, help="for all steps")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of the output, for a machine that is soon gone")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--print", action="store_true", help="the commands, and run nothing")
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
@@ -46,6 +52,7 @@ def main() -> None:
             print(shlex.join(["python", *arguments]))
             continue
         start = time.monotonic()
+        limit = max(1.0, min(limit, end - start))
         with open(options.output / f"{name}.log", "w") as log:
             try:
                 command = [sys.executable, *arguments]
@@ -57,9 +64,17 @@ def main() -> None:
         print(done[-1], flush=True)
         if code:
             print("\n".join((options.output / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
-    if done:
         write_json(options.output / "gpu.json", {"steps": done})
+        if options.archive:
+            pack(options.output, options.archive)
+    if done:
         print(json.dumps({"steps": done}))
+
+
+def pack(folder: Path, archive: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=archive.resolve().parent) as beside:
+        made = shutil.make_archive(f"{beside}/gpu", "gztar", folder)
+        os.replace(made, archive)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ def cardinal_derivative(s: Tensor, spline_order: int) -> Tensor:
 
 
 def inverse_width(grid: Tensor, grid_size: int, dtype: torch.dtype) -> Tensor:
-    """1 / h = G / (hi - lo) in `dtype`: (...,) for a grid (..., 2)."""
+    """1 / h = G / (hi - lo) in `dtype`, correctly rounded as in the kernels: (...,) for a grid (..., 2)."""
     lo, hi = grid.to(dtype).unbind(-1)
-    return grid_size / (hi - lo)
+    return torch.full_like(hi, grid_size) / (hi - lo)  # a number over a tensor is its reciprocal times the number
 
 
 def basis(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,14 @@ def test_the_steps_of_the_gpu_script_exist(tmp_path):
         script, *arguments = line.split()[1:]
         known = run(Path(script).name, "--help")
         assert all(argument in known for argument in arguments if argument.startswith("--")), line
+
+
+def test_the_gpu_script_leaves_an_archive_when_its_time_is_over(tmp_path):
+    out, archive = tmp_path / "out", tmp_path / "gpu.tar.gz"
+    run("gpu.py", "--output", str(out), "--archive", str(archive), "--seconds", "1", "--only", "kernels", "decode")
+    with tarfile.open(archive) as packed:
+        names = set(map(os.path.basename, packed.getnames()))
+        steps = json.load(packed.extractfile("./gpu.json"))["steps"]
+    assert {"kernels.log", "decode.log", "gpu.json"} <= names
+    assert [(step["step"], step["exit"]) for step in steps] == [("kernels", 124), ("decode", 124)]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "gpu.tar.gz"}

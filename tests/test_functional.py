@@ -225,8 +225,12 @@ def test_third_derivative():
         assert_close(y, expected, 1e-9)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(transposed):
+    """Also of tensors that are not contiguous, whose gradients are."""
     t = tensors(6, 3, gated=True)
+    if transposed:
+        t = {name: v.detach().mT.clone().mT.requires_grad_(v.requires_grad) for name, v in t.items()}
     forward = (*t.values(), G, 3, "silu", "torch")
     torch.library.opcheck(torch.ops.kansformer.kan_linear, forward)
     detached = [v.detach() for v in t.values()]

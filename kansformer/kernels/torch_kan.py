@@ -96,10 +96,11 @@ def backward(
     dtype = spline_weight.dtype
     # Chunks add up in float32 or better, whatever the weights' dtype.
     work = torch.promote_types(torch.float32, dtype)
-    dx = torch.empty_like(x) if need_x else None
-    dgate = torch.empty_like(gate) if need_gate else None
-    dspline = torch.zeros_like(spline_weight, dtype=work) if need_spline else None
-    dbase = torch.zeros_like(base_weight, dtype=work) if need_base else None
+    # Contiguous, whatever the strides of what they are gradients of: what the operator promises when it is traced.
+    dx = x.new_empty(x.shape) if need_x else None
+    dgate = gate.new_empty(gate.shape) if need_gate else None
+    dspline = spline_weight.new_zeros(spline_weight.shape, dtype=work) if need_spline else None
+    dbase = base_weight.new_zeros(base_weight.shape, dtype=work) if need_base else None
     buffer = None
     for rows in _chunks(x, spline_weight):
         dy_rows, x_rows, gate_rows = dy[rows], x[rows], None if gate is None else gate[rows]
