@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from health import Episodes, LossSpikes
 from optimizer import parameter_groups
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from settings import Settings, check_resume, parse
 from training import ROOT, SMALL, command, finish, launch, lines, tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -227,6 +227,27 @@ def test_looking_a_step_late_changes_nothing(workplace, straight, tmp_path, monk
     broken = command(workplace, tmp_path / "broken", learning_rate=1e30, warmup_steps=0, log_every=20)
     with pytest.raises(FloatingPointError, match=r"step 2: .*norm nan; nothing was applied.*rank 0: gradient of model"):
         train.main(broken)
+
+
+def test_a_run_starts_from_a_saved_model(straight, workplace, tmp_path):
+    saved = straight[0] / "model"
+    asked = [word for word in command(workplace, tmp_path / "on", steps=1, warmup_steps=0) if "--model" not in word]
+    asked += [f"--model={saved}", "--learning_rate=1e-12"]
+    train.main(asked)
+    for name, tensor in tensors(tmp_path / "on").items():
+        torch.testing.assert_close(tensor, tensors(straight[0])[name], rtol=0, atol=1e-9)
+    bare = tmp_path / "bare"
+    shutil.copytree(saved, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file({"nothing": torch.zeros(1)}, bare / "model.safetensors", {"format": "pt"})
+    for words, message in {
+        "--tokenizer=bpe:300": "tokenizer 'bpe:300' is not that of .*: give --tokenizer",
+        "--steps=2 --coarse_grids=[[1,1]]": "starts from new weights",
+        f"--model={tmp_path}": "is no json file and no saved model",
+        f"--model={bare}": "lack .*embed_tokens",
+        "--model.intermediate_size=8": "ignore_mismatched_sizes",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
+            train.main([*asked, *words.split(), f"--output_dir={tmp_path / 'refused'}"])
 
 
 def test_the_first_nonfinite_value_is_named(straight):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from settings import Settings, model_config
+from settings import Settings, initial_model, model_config
 from tokenizer import load_tokenizer
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import kansformer  # noqa: F401 (registers the model with the Auto classes)
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Example:
-    model: str = str(HERE.parent / "configs/models/tiny_kan_gated.json")
+    model: str = str(HERE.parent / "configs/models/tiny_kan_gated.json")  # or a saved model to go on from
     text: str = str(HERE / "tinyshakespeare.txt")
     tokenizer: str = "byte"  # or a tokenizer folder or name
     sequence_length: int = 256
@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> dict:
     example, training = HfArgumentParser((Example, TrainingArguments)).parse_args_into_dataclasses(arguments)
     set_seed(training.seed)
     tokenizer = load_tokenizer(example.tokenizer, example.sequence_length)
-    config = model_config(Settings(model=example.model, sequence_length=example.sequence_length), tokenizer)
+    names = {"model": example.model, "tokenizer": example.tokenizer}
+    settings = Settings(**names, sequence_length=example.sequence_length)
+    config = model_config(settings, tokenizer)
 
     tokens = tokenizer(Path(example.text).read_text(), verbose=False)["input_ids"]
     starts = range(0, len(tokens) - example.sequence_length + 1, example.sequence_length)
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> dict:
     parts = dataset.train_test_split(example.eval_fraction, shuffle=False)
 
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_config(config),
+        model=initial_model(settings, config),
         args=training,
         train_dataset=parts["train"],
         eval_dataset=parts["test"],

@@ -12,14 +12,22 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 @dataclass
 class Settings:
     # what is trained, on what
-    model: str = "configs/models/tiny_kan_gated.json"  # a model configuration that AutoConfig reads
+    model: str = "configs/models/tiny_kan_gated.json"  # a json that AutoConfig reads, or a saved model to start from
     model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.num_hidden_layers 6
     data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
     text_column: str = "text"  # the text's field in .jsonl files and hub datasets
@@ -188,17 +196,28 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
     intermediate_size belongs to its block: where an override changes that, the usual width takes its place, at which
     all blocks have as many parameters, up to widths' multiples of 8, unless intermediate_size is overridden too. A
     field that no Kansformer has is an error; other models' published files hold such, and the model ignores them.
+
+    A folder, as `save_pretrained` writes it, stands for its weights too: its vocabulary stays, and must be the
+    tokenizer's where it holds one.
     """
     num_tokens = len(tokenizer)
     path = Path(settings.model)
+    folder = path if path.is_dir() else None
+    if folder is not None:
+        path = folder / "config.json"
+        own = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else tokenizer
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"tokenizer {settings.tokenizer!r} is not that of {folder}: give --tokenizer {folder}")
+        _check("coarse_grids", settings.coarse_grids, not settings.coarse_grids, "starts from new weights: none")
     if not path.is_file():
-        raise FileNotFoundError(f"model {settings.model!r} is not a file (looked from {Path.cwd()})")
+        raise FileNotFoundError(f"model {settings.model!r} is no json file and no saved model (from {Path.cwd()})")
     try:
         fields = json.loads(path.read_text())
         kind = fields["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model {settings.model!r} is not the config.json of a model: {error!r}") from error
-    fields |= {"vocab_size": -(-num_tokens // 64) * 64}
+    if folder is None:
+        fields["vocab_size"] = -(-num_tokens // 64) * 64
     fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     default = AutoConfig.for_model(kind)
     known = set(default.to_dict()) | set(default.attribute_map) | OLD_FIELDS
@@ -223,6 +242,17 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
         rule = f"must end below the model's grid_size, which is {size}" if size else "needs a KAN block"
         _check("coarse_grids", settings.coarse_grids, settings.coarse_grids[-1][1] < size, rule)
     return config
+
+
+def initial_model(settings: Settings, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of `config` in float32: with new weights, or with those of the folder that `settings.model` names."""
+    if not Path(settings.model).is_dir():
+        return AutoModelForCausalLM.from_config(config)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForCausalLM.from_pretrained(settings.model, config=config, **options)
+    if loading["missing_keys"]:
+        raise ValueError(f"the weights in {settings.model} lack {', '.join(sorted(loading['missing_keys']))}")
+    return model
 
 
 def check_world(settings: Settings, world: int, kind: str = "NO") -> None:
@@ -266,9 +296,10 @@ def check_resume(resume: str, identity: dict, saved: dict, folder: Path) -> None
         if key not in FREE_KEYS and saved.get(key) != identity.get(key)
     ]
     if other:
+        longer = f"; steps set the schedule, --model {folder} in a new output_dir starts one from these weights"
         raise ValueError(
             f"{folder} was made with another text, model or settings ({'; '.join(other)}): choose another output_dir, "
-            f"or delete that one{'; steps set the schedule' if saved.get('steps') != identity.get('steps') else ''}"
+            f"or delete that one{longer if saved.get('steps') != identity.get('steps') else ''}"
         )
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from settings import Settings, model_config
 from tokenizer import load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import kansformer  # noqa: F401 (registers the model with the Auto classes)
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> SFTTrainer:
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     rows = conversations(Path(example.text).read_text())[: example.conversations]
     trainer = SFTTrainer(model, args=training, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir) if resume == "last" else resume)
     trainer.save_model()
     return trainer
 

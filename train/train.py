@@ -136,7 +136,7 @@ class Run:
             config = copy.deepcopy(self.config)
             if settings.coarse_grids:
                 config.grid_size = self.grid_size()
-            model = AutoModelForCausalLM.from_config(config)
+            model = settings_module.initial_model(settings, config)
         else:
             state = checkpoint.read_state(self.resumed)
             check_resume(resume, self.identity, state["identity"], self.resumed)
@@ -316,9 +316,10 @@ class Run:
         loss, norm, stopping = fetch()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             blame = gather_object([first_nonfinite(self.bare_model, lambda: self.gradients(step))])
+            places = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(blame))
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was applied. First non-finite value: "
-                + "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(blame))
+                + (places if set(blame) != {"none here"} else "the norm, of finite gradients")
                 + f". The last good checkpoint is in {self.checkpoints}; a lower learning_rate, a longer warm-up or "
                 "precision no are the usual cures"
             )
