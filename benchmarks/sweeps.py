@@ -24,6 +24,7 @@ def main() -> None:
     parts = ["# What SwiGLU needs to match a KAN block", "`python benchmarks/sweeps.py`"]
     parts.append("Above 1x the KAN block is ahead; with 95% intervals, the least trained models first.")
     parts.append(table(results))
+    parts.append(edges(results))
     parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
     for result in results:
         env, name = result["environment"], result["sweep"]["name"]
@@ -103,6 +104,15 @@ def table(results: list[dict]) -> str:
         for name, lines in compared(result).items():
             rows.append([title(result), f"{min(tokens):.1f} to {max(tokens):.0f}", name, *map(ratio, lines)])
     return markdown(["sweep", "tokens a parameter", "block", *AXES.values()], rows)
+
+
+def edges(results: list[dict]) -> str:
+    """How often the best rate was one that had none on its other side."""
+    best = [
+        (cell["learning_rate"], result["sweep"]["learning_rates"]) for result in results for cell in result["cells"]
+    ]
+    largest, smallest = (sum(rate == end(rates) for rate, rates in best) for end in (max, min))
+    return f"The best rate is the largest that was tried in {largest} of {len(best)} cells, the smallest in {smallest}."
 
 
 def ratio(line: dict | None) -> str:
