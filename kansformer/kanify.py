@@ -14,12 +14,14 @@ import functools
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
@@ -27,7 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kansformer.layers import FFN_TYPES, KANLinear, feed_forward, observing
 
-PLAN, WEIGHTS = "kanify.json", "kanify.safetensors"
+PLAN = "kanify.json"
+OLD_WEIGHTS = "kanify.safetensors"  # where the first versions wrote what kanify added
+ADDED = "kanified."  # begins the saved names of what kanify added: a new block may have names of the one it replaced
 
 
 class KANDown(nn.Module):
@@ -120,8 +124,29 @@ def kanify(
 
 def _remember(model: nn.Module, plan: list[dict]) -> None:
     model.kanified = plan
-    if isinstance(model, PreTrainedModel):  # its own would write names that it does not load
+    if isinstance(model, PreTrainedModel):  # its own would write names that stock transformers does not know
         model.save_pretrained = functools.partial(save_kanified, model)
+        model.register_load_state_dict_pre_hook(_from_saved_names)
+
+
+def _saved_name(plan: list[dict], name: str) -> str:
+    """What a checkpoint calls a tensor: what was there before keeps its name, what kanify added begins with `ADDED`."""
+    for step in plan:
+        if "down" not in step and name.startswith(f"{step['block']}."):
+            return ADDED + name
+        if "down" in step and name.startswith(inside := f"{step['down']}.down."):
+            return f"{step['down']}.{name.removeprefix(inside)}"
+        if "down" in step and name.startswith(f"{step['down']}.splines."):
+            return ADDED + name
+    return name
+
+
+def _from_saved_names(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before load_state_dict, through which Trainer reads checkpoints, and lets pass what it does not find."""
+    for name in model.state_dict():
+        saved = _saved_name(model.kanified, name)
+        if saved != name and prefix + saved in state:
+            state[prefix + name] = state.pop(prefix + saved)
 
 
 def save_kanified(
@@ -131,30 +156,24 @@ def save_kanified(
     is_main_process: bool = True,
     **options: object,
 ) -> None:
-    """Write the base model as an ordinary checkpoint, and beside it what `kanify` added.
+    """Write an ordinary checkpoint of the base model that holds what `kanify` added too, and beside it the plan.
 
-    Stock transformers loads the folder as the model it was, without splines; `load_kanified` with them. Arguments are
-    those of `save_pretrained`, whose place it takes on a kanified model.
+    Stock transformers loads the folder as the model it was, without splines, and warns of them; `load_kanified` with
+    them. `load_state_dict` of a kanified model takes the files as they are, and so does Trainer where it resumes or
+    goes back to the best model. Arguments are those of `save_pretrained`, whose place it takes on a kanified model, but
+    save_original_format is False at first: names of older versions of transformers are none that load_state_dict knows.
     """
     if not getattr(model, "kanified", None):
         raise ValueError("the model has no replaced blocks: call kanify(model) first, or save_pretrained")
-    added, base = {}, {}
-    kept = {f"{step['down']}.down.": f"{step['down']}." for step in model.kanified if "down" in step}
-    new = tuple(f"{step['block']}." for step in model.kanified if "down" not in step)
-    for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-        inside = next((prefix for prefix in kept if name.startswith(prefix)), None)
-        if inside is not None:
-            base[kept[inside] + name.removeprefix(inside)] = tensor
-        elif ".splines." in name or name.startswith(new):
-            added[name] = tensor.contiguous()
-        else:
-            base[name] = tensor
+    state = model.state_dict() if state_dict is None else state_dict
+    state = {_saved_name(model.kanified, name): tensor for name, tensor in state.items()}
+    options = {"save_original_format": False} | options
     folder = Path(folder)
-    type(model).save_pretrained(model, folder, state_dict=base, is_main_process=is_main_process, **options)
-    if not is_main_process:
-        return
-    _write(folder / WEIGHTS, lambda path: save_file(added, path, metadata={"format": "pt"}))
-    _write(folder / PLAN, lambda path: path.write_text(json.dumps(model.kanified, indent=2) + "\n"))
+    if is_main_process:
+        (folder / OLD_WEIGHTS).unlink(missing_ok=True)
+    type(model).save_pretrained(model, folder, state_dict=state, is_main_process=is_main_process, **options)
+    if is_main_process:
+        _write(folder / PLAN, lambda path: path.write_text(json.dumps(model.kanified, indent=2) + "\n"))
 
 
 def load_kanified(folder: str | os.PathLike, **options: object) -> PreTrainedModel:
@@ -162,15 +181,36 @@ def load_kanified(folder: str | os.PathLike, **options: object) -> PreTrainedMod
     folder = Path(folder)
     if not (folder / PLAN).exists():
         raise ValueError(f"{folder} has no {PLAN}: it was not written by save_kanified")
-    name = AutoConfig.from_pretrained(folder).architectures[0]
-    model = getattr(transformers, name).from_pretrained(folder, **options)
-    _remember(model, json.loads((folder / PLAN).read_text()))
-    _replace(model, model.kanified)
-    state = load_file(folder / WEIGHTS)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or state.keys() & set(missing):
-        raise ValueError(f"{folder / WEIGHTS} does not fit its plan: {unexpected or missing}")
+    plan, added = json.loads((folder / PLAN).read_text()), _read_added(folder, options.get("variant"))
+    stock = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    model = _expecting_more(stock).from_pretrained(folder, **options)
+    model.__class__ = stock
+    _remember(model, plan)
+    _replace(model, plan)
+    model.load_state_dict(added, strict=False)
+    wanted = {name for name in model.state_dict() if _saved_name(plan, name).startswith(ADDED)}
+    if wanted != added.keys():
+        raise ValueError(f"the weights in {folder} do not fit its {PLAN}: {sorted(wanted ^ added.keys())}")
     return model
+
+
+def _read_added(folder: Path, variant: str | None) -> dict[str, Tensor]:
+    if (folder / OLD_WEIGHTS).exists():
+        return load_file(folder / OLD_WEIGHTS)
+    stem = f"model.{variant}" if variant else "model"
+    whole, added = folder / f"{stem}.safetensors", {}
+    for path in [whole] if whole.exists() else folder.glob(f"{stem}-*-of-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(ADDED)]  # noqa: SIM118, no dictionary
+            added |= {name.removeprefix(ADDED): file.get_tensor(name) for name in names}
+    return added
+
+
+def _expecting_more(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The same class in all but one: it loads without a report of the tensors that are kanify's."""
+    expected = {*(stock._keys_to_ignore_on_load_unexpected or ()), re.escape(ADDED)}
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (stock,), names | {"_keys_to_ignore_on_load_unexpected": expected})
 
 
 def _replace(model: nn.Module, plan: list[dict]) -> None:

@@ -2,10 +2,12 @@
 
 import copy
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -26,9 +28,12 @@ from transformers import (
     PhiConfig,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from kansformer.kanify import KANDown, kanify, load_kanified, save_kanified
 
@@ -116,6 +121,11 @@ def test_the_function_is_kept_and_can_be_saved(name, tmp_path):
     loaded = load_kanified(tmp_path)
     assert torch.equal(output(loaded, inputs), after)
     assert loaded.kanified == model.kanified
+    fresh, _, _ = build(name)
+    kanify(fresh, grid_size=4)
+    unknown = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).unexpected_keys
+    assert not unknown
+    assert torch.equal(output(fresh, inputs), after), "load_state_dict reads the file as it is"
     assert torch.equal(output(stock.from_pretrained(tmp_path), inputs), before), "stock transformers sees the base"
 
 
@@ -184,7 +194,13 @@ def test_reinitialized_blocks_have_as_many_parameters(tmp_path):
     after = output(model, TOKENS)
     assert not torch.allclose(after, before, atol=1e-3)
     save_kanified(model, tmp_path)
-    assert torch.equal(output(load_kanified(tmp_path), TOKENS), after)
+    loaded = load_kanified(tmp_path)
+    assert torch.equal(output(loaded, TOKENS), after)
+    for module in loaded.modules():
+        getattr(module, "reset_parameters", lambda: None)()
+    assert not loaded.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).unexpected_keys
+    assert torch.equal(output(loaded, TOKENS), after)
+    assert type(model).from_pretrained(tmp_path).model.layers[1].mlp.gate_proj.weight.shape == (96, 32)
     for ffn_type in ("mlp", "swiglu"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
         assert len(kanify(model, "*.1.mlp", reinitialize=True, ffn_type=ffn_type)) == 1
@@ -228,14 +244,19 @@ def test_a_pooler_and_its_head_are_no_block():
     torch.testing.assert_close(model.bert(**TOKENS).pooler_output, before)
 
 
-def test_save_pretrained_keeps_the_splines(tmp_path):
-    """As Trainer calls it, on the model and on a copy of it."""
+def trained_splines():
+    torch.manual_seed(0)
     model = gpt2().eval()
     kanify(model)
     for module in model.modules():
         if isinstance(module, KANDown):
             nn.init.normal_(module.splines.spline_weight, std=0.1)
-    model = copy.deepcopy(model)
+    return model
+
+
+def test_save_pretrained_keeps_the_splines(tmp_path):
+    """As Trainer calls it, on the model and on a copy of it."""
+    model = copy.deepcopy(trained_splines())
     model.save_pretrained(tmp_path, state_dict=model.state_dict())
     loaded = load_kanified(tmp_path)
     assert torch.equal(loaded(**TOKENS).logits, model(**TOKENS).logits)
@@ -243,6 +264,79 @@ def test_save_pretrained_keeps_the_splines(tmp_path):
     assert torch.equal(load_kanified(tmp_path / "again")(**TOKENS).logits, model(**TOKENS).logits)
     with pytest.raises(TypeError, match="inputs must be keyword arguments of the model"):
         kanify(gpt2(), inputs=TOKENS["input_ids"])
+
+
+def trainer(folder, **options):
+    """From a fresh model, four steps with a checkpoint after the second; the loss may be told to be better higher."""
+    torch.manual_seed(0)
+    model = gpt2()
+    kanify(model)
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(2, 64, (32, 16)).tolist()]
+    options |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"learning_rate": 1e-2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments(str(folder), max_steps=4, per_device_train_batch_size=4, **options)
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data[:8])
+
+
+def assert_same_tensors(model, other):
+    torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
+def test_trainer_resumes_and_goes_back_to_the_best_exactly(tmp_path):
+    run = trainer(tmp_path / "run", load_best_model_at_end=True, greater_is_better=True)
+    run.train()
+    first, last = (load_kanified(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 4))
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert first.transformer.h[1].mlp.c_proj.splines.spline_weight.abs().max() > 0
+    assert not torch.equal(first(**TOKENS).logits, last(**TOKENS).logits)
+    assert_same_tensors(run.model, first)
+
+    resumed = trainer(tmp_path / "again")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same_tensors(resumed.model, last)
+
+
+def test_sharded_checkpoints(tmp_path):
+    model, fresh = trained_splines(), gpt2()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_same_tensors(load_kanified(tmp_path), model)
+    kanify(fresh)
+    load_sharded_checkpoint(fresh, tmp_path, strict=False)
+    assert_same_tensors(fresh, model)
+    model.save_pretrained(tmp_path / "variant", variant="fp32")
+    assert_same_tensors(load_kanified(tmp_path / "variant", variant="fp32"), model)
+
+
+def test_loading_says_nothing_where_stock_transformers_warns(tmp_path, caplog):
+    model, logger = trained_splines(), logging.getLogger("transformers.modeling_utils")
+    model.save_pretrained(tmp_path)
+    logger.addHandler(caplog.handler)
+    try:
+        assert type(load_kanified(tmp_path)) is GPT2LMHeadModel
+        assert not caplog.text
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+        assert "UNEXPECTED" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_folders_with_the_splines_in_a_file_of_their_own(tmp_path):
+    """As the first versions wrote them; saving there again leaves no such file behind."""
+    model = trained_splines()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    added = {name: state.pop(name) for name in list(state) if name.startswith("kanified.")}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its kanify.json.*c_proj.splines.grid"):
+        load_kanified(tmp_path)
+    old = {name.removeprefix("kanified."): tensor for name, tensor in added.items()}
+    save_file(old, tmp_path / "kanify.safetensors", metadata={"format": "pt"})
+    loaded = load_kanified(tmp_path)
+    assert_same_tensors(loaded, model)
+    nn.init.normal_(loaded.transformer.h[0].mlp.c_proj.splines.spline_weight)
+    loaded.save_pretrained(tmp_path)
+    assert_same_tensors(load_kanified(tmp_path), loaded)
 
 
 def test_in_place_activations():
