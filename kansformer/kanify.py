@@ -165,6 +165,7 @@ def save_kanified(
     """
     if not getattr(model, "kanified", None):
         raise ValueError("the model has no replaced blocks: call kanify(model) first, or save_pretrained")
+    plan = _plan_now(model)
     state = model.state_dict() if state_dict is None else state_dict
     state = {_saved_name(model.kanified, name): tensor for name, tensor in state.items()}
     options = {"save_original_format": False} | options
@@ -173,7 +174,19 @@ def save_kanified(
         (folder / OLD_WEIGHTS).unlink(missing_ok=True)
     type(model).save_pretrained(model, folder, state_dict=state, is_main_process=is_main_process, **options)
     if is_main_process:
-        _write(folder / PLAN, lambda path: path.write_text(json.dumps(model.kanified, indent=2) + "\n"))
+        _write(folder / PLAN, lambda path: path.write_text(json.dumps(plan, indent=2) + "\n"))
+
+
+def _plan_now(model: nn.Module) -> list[dict]:
+    """The plan with the grid sizes that `extend_grid` may have changed since."""
+    plan = []
+    for step in model.kanified:
+        place = step.get("down", step["block"])
+        sizes = {layer.grid_size for layer in model.get_submodule(place).modules() if isinstance(layer, KANLinear)}
+        if len(sizes) > 1:
+            raise ValueError(f"{place} has grids of sizes {sorted(sizes)}: extend them to one size to save the model")
+        plan.append(step | {"grid_size": sizes.pop()} if sizes else step)
+    return plan
 
 
 def load_kanified(folder: str | os.PathLike, **options: object) -> PreTrainedModel:

@@ -339,6 +339,28 @@ def test_folders_with_the_splines_in_a_file_of_their_own(tmp_path):
     assert_same_tensors(load_kanified(tmp_path), loaded)
 
 
+def test_extended_grids_are_saved(tmp_path):
+    """Each second layer's own size; one of a new block's."""
+    model = trained_splines()
+    sizes = [6, 3, 9]
+    for block, size in zip(model.transformer.h, sizes):
+        block.mlp.c_proj.splines.extend_grid(size)
+    model.save_pretrained(tmp_path)
+    loaded = load_kanified(tmp_path)
+    assert [block.mlp.c_proj.splines.grid_size for block in loaded.transformer.h] == sizes
+    assert torch.equal(loaded(**TOKENS).logits, model(**TOKENS).logits)
+
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
+    kanify(model, "*.1.mlp", reinitialize=True, ffn_type="kan")
+    block = model.model.layers[1].mlp
+    block.up_proj.extend_grid(6)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp has grids of sizes \[3, 6\]"):
+        model.save_pretrained(tmp_path / "new")
+    block.down_proj.extend_grid(6)
+    model.save_pretrained(tmp_path / "new")
+    assert torch.equal(load_kanified(tmp_path / "new")(**TOKENS).logits, model(**TOKENS).logits)
+
+
 def test_in_place_activations():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
     x = torch.randn(5, 4)
