@@ -99,10 +99,13 @@ def kanify(
         plan = _modules_to_replace(model, pattern, inputs, {"ffn_type": ffn_type, **splines})
     else:
         plan = [step | splines for step in _chains(model, inputs) if fnmatch.fnmatch(step["block"], pattern)]
+    if not plan and reinitialize:
+        raise ValueError(f"the model runs no module whose name fits {pattern!r}")
     if not plan:
         raise ValueError(
-            f"no block of the form down(act(up x)) fits {pattern!r}; name modules with pattern= and reinitialize=True "
-            "to replace them by new blocks of as many parameters"
+            f"no block of the form down(act(up x)) fits {pattern!r}. Are the model's blocks gated? kansformer.convert "
+            "keeps the function of Llama, Mistral, Qwen2, Qwen3 and SmolLM3; of others, name the blocks with pattern= "
+            "and reinitialize=True to replace them by new ones of as many parameters, which loses their function"
         )
     expected = None if reinitialize else _run(model, inputs)
     original = {name: model.get_submodule(name) for step in plan for name in _touched(step)}

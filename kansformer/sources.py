@@ -94,7 +94,11 @@ def kansformer_config(source: PreTrainedConfig, **splines: object) -> Kansformer
     if source.model_type not in _FAMILIES:
         unsupported.append(f"model_type={source.model_type!r}, which is none of {', '.join(_FAMILIES)}")
     if unsupported:
-        remedy = "kansformer.kanify replaces the feed-forward blocks of other models in place"
+        remedy = (
+            "kansformer.kanify adds splines to blocks down(act(up x)), like GPT-2's, in place; gated blocks, such as "
+            "Phi3's or Gemma's, it can only replace by new ones (kanify(model, '*.mlp', reinitialize=True)), which "
+            "loses their function"
+        )
         raise ValueError(f"this model cannot be converted exactly: it has {'; '.join(unsupported)}. {remedy}")
     fields = {field: getattr(source, field, None) for field in _SHARED}
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -187,8 +187,10 @@ def test_encoder_and_decoder():
 def test_reinitialized_blocks_have_as_many_parameters(tmp_path):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"intermediate_size": 96})).eval()
     before, size = output(model, TOKENS), model.num_parameters()
-    with pytest.raises(ValueError, match="reinitialize=True"):
-        kanify(model)  # a gated block is not down(act(up x))
+    with pytest.raises(ValueError, match=r"down\(act\(up x\)\).*kansformer.convert keeps .* Llama.*reinitialize=True"):
+        kanify(model)  # a gated block is not
+    with pytest.raises(ValueError, match=r"no module whose name fits 'h.\*'"):
+        kanify(model, "h.*", reinitialize=True)
     assert kanify(model, "*.[12].mlp", reinitialize=True) == ["model.layers.1.mlp", "model.layers.2.mlp"]
     assert model.num_parameters() == pytest.approx(size, rel=0.02)
     after = output(model, TOKENS)
