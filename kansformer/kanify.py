@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
@@ -30,7 +29,6 @@ from transformers.pytorch_utils import Conv1D
 from kansformer.layers import FFN_TYPES, KANLinear, feed_forward, observing
 
 PLAN = "kanify.json"
-OLD_WEIGHTS = "kanify.safetensors"  # where the first versions wrote what kanify added
 ADDED = "kanified."  # begins the saved names of what kanify added: a new block may have names of the one it replaced
 
 
@@ -173,8 +171,6 @@ def save_kanified(
     state = {_saved_name(model.kanified, name): tensor for name, tensor in state.items()}
     options = {"save_original_format": False} | options
     folder = Path(folder)
-    if is_main_process:
-        (folder / OLD_WEIGHTS).unlink(missing_ok=True)
     type(model).save_pretrained(model, folder, state_dict=state, is_main_process=is_main_process, **options)
     if is_main_process:
         _write(folder / PLAN, lambda path: path.write_text(json.dumps(plan, indent=2) + "\n"))
@@ -211,8 +207,6 @@ def load_kanified(folder: str | os.PathLike, **options: object) -> PreTrainedMod
 
 
 def _read_added(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    if (folder / OLD_WEIGHTS).exists():
-        return load_file(folder / OLD_WEIGHTS)
     stem = f"model.{variant}" if variant else "model"
     whole, added = folder / f"{stem}.safetensors", {}
     for path in [whole] if whole.exists() else folder.glob(f"{stem}-*-of-*.safetensors"):
