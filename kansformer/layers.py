@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kansformer.functional import BASE_ACTIVATIONS, kan_linear
 from kansformer.kernels.torch_kan import activation
@@ -182,8 +183,10 @@ class KANLinear(nn.Module):
             x: (..., I) samples.
             spread: standard deviations on either side of the mean.
         Raises:
-            ValueError: if there is no sample, one is not finite, the last dimension is not I, or spread is not above 0.
+            ValueError: if there is no sample, one is not finite, the last dimension is not I, spread is not above 0, or
+                an adapter holds the coefficients.
         """
+        refuse_adapters(self, "spline_weight")
         if not spread > 0:
             raise ValueError(f"spread is {spread}: it must be positive, standard deviations on either side of the mean")
         if x.shape[-1] != self.in_features or x.numel() == 0:
@@ -215,7 +218,11 @@ class KANLinear(nn.Module):
 
         The function does not change where the new size is a multiple of the old one, and is the least-squares
         projection otherwise. `spline_weight` becomes a new, larger Parameter: build the optimizer anew.
+
+        Raises:
+            ValueError: if grid_size is below one, or an adapter holds the coefficients.
         """
+        refuse_adapters(self, "spline_weight")
         check_sizes(grid_size=grid_size)
         grid_size = int(grid_size)
         weight = self._refit(self.grid, grid_size)
@@ -552,6 +559,28 @@ def observing(model: nn.Module, hooks: Sequence) -> Iterator[None]:
             module.training = True
         for hook in hooks:
             hook.remove()
+
+
+def refuse_adapters(model: nn.Module, parameter: str | None = None) -> None:
+    """ValueError if an adapter sits on a layer inside `model`, which a change of that layer would leave behind.
+
+    PEFT's adapters are modules around a `base_layer`. Those of a bare parameter parametrize it while the model runs, so
+    that writing to it in place writes to a temporary.
+
+    Args:
+        parameter: None for adapters of any kind; else those of bare parameters of this name.
+    """
+    for name, module in model.named_modules():
+        if parameter is None:
+            found = hasattr(module, "base_layer")
+        else:
+            found = parametrize.is_parametrized(module, parameter) or getattr(module, "parameter_name", "") == parameter
+        if found:
+            raise ValueError(
+                f"{name or type(module).__name__} has an adapter{f' on {parameter}' if parameter else ''}, which would "
+                "not follow this change: merge it first (peft: model = model.merge_and_unload()), or change the model "
+                "before it gets adapters"
+            )
 
 
 def is_range(lo: float, hi: float) -> bool:

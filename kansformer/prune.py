@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from kansformer import splines
 from kansformer.inspect.edges import Moments
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import FeedForward, KANLinear, SwiGLU, observing
+from kansformer.layers import FeedForward, KANLinear, SwiGLU, observing, refuse_adapters
 
 CRITERIA = ("taylor", "energy")
 SCOPES = ("uniform", "global")
@@ -58,7 +58,7 @@ def measure_units(model: nn.Module, batches: Iterable[Tensor], criterion: str = 
         batches: int64 (batch, sequence) each.
         criterion: "taylor" (a backward pass a batch) or "energy".
     Raises:
-        ValueError: for an unknown criterion, a model without such blocks, or no text.
+        ValueError: for an unknown criterion, a model without such blocks or with adapters in them, or no text.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}")
@@ -90,11 +90,13 @@ def feed_forward_blocks(model: nn.Module) -> list[FeedForward]:
     """The model's feed-forward blocks, in order.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it has none, or an adapter sits on a layer of one.
     """
     blocks = [m for m in model.modules() if isinstance(m, FeedForward)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no feed-forward blocks of kansformer.layers: nothing to prune")
+    for block in blocks:
+        refuse_adapters(block)
     return blocks
 
 
@@ -200,8 +202,9 @@ def remove_units(model: nn.Module, kept: Sequence[Tensor], units: Sequence[Units
         kept: int64 indices for each block, ascending; `choose_units` makes them.
         units: what was measured, for blocks with a norm. None: nothing is stretched.
     Raises:
-        ValueError: if the number of blocks differs, an index is missing, out of range or given twice, or the blocks
-            have no up projection: there a unit's place says which input it multiplies.
+        ValueError: if the number of blocks differs, an index is missing, out of range or given twice, an adapter sits
+            on a layer of a block, or the blocks have no up projection: there a unit's place says which input it
+            multiplies.
     """
     blocks = feed_forward_blocks(model)
     if len(kept) != len(blocks):

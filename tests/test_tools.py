@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import kansformer
 from kansformer.__main__ import COMMANDS
 from kansformer.convert import convert
+from kansformer.prune import measure_units, remove_units
 
 LM_EVAL = Path(sysconfig.get_paths()["scripts"]) / "lm-eval"
 
@@ -63,6 +64,62 @@ def test_lora_on_attention_and_on_a_kan_layer(weights, tmp_path):
     merged = again.merge_and_unload()
     assert type(merged).__name__ == "KansformerForCausalLM"
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+# PEFT asks transformers for names that 5.2x renames
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
+def test_grids_and_units_do_not_change_under_an_adapter():
+    """It would keep the old shape, or the old coefficients on a grid that moved; once merged, all is as ever."""
+    ids = torch.arange(24)[None]
+    targets = {"target_modules": ["q_proj", "up_proj"], "target_parameters": ["mlp.down_proj.spline_weight"]}
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **targets)
+    adapted = get_peft_model(small(), config).eval()
+    model = adapted.base_model.model
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    visited = []
+
+    def update(name, layer, x):  # what a loop of one's own does
+        visited.append(name)
+        layer.update_grid(x)
+
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has an adapter on spline_weight.*merge_and_unload"):
+        model.update_grid(ids)
+    with pytest.raises(ValueError, match="KANLinear has an adapter on spline_weight"):
+        model.visit_kan_inputs(update, ids)
+    assert len(visited) == 1
+    with pytest.raises(ValueError, match="has an adapter on spline_weight"):
+        model.extend_grid(6)
+    for call in (lambda: measure_units(adapted, [ids]), lambda: remove_units(adapted, [torch.arange(8)] * 2)):
+        with pytest.raises(ValueError, match=r"(up|down)_proj has an adapter, which"):
+            call()
+    after = adapted.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+    expected = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    merged.extend_grid(6)
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    merged.update_grid(ids)
+    assert remove_units(merged, [torch.arange(8)] * 2)(ids).logits.isfinite().all()
+
+
+# PEFT asks transformers for names that 5.2x renames
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
+def test_grids_follow_under_adapters_elsewhere():
+    """Those of attention and of base weights leave splines alone."""
+    ids = torch.arange(24)[None]
+    model = small(base_activation="silu", grid_range=(-8, 8))
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.base_weight"]}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **targets)).eval()
+    expected = adapted(ids).logits
+    model.extend_grid(6)
+    torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    splines = [layer.spline_weight.clone() for _, layer in model.kan_layers()]
+    model.update_grid(ids)
+    for old, (_, layer) in zip(splines, model.kan_layers()):
+        assert (layer.grid.abs() < 7).all()
+        assert not torch.equal(layer.spline_weight, old)
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")  # torch's own

@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from kansformer.layers import KANLinear, feed_forward, observing
+from kansformer.layers import KANLinear, feed_forward, observing, refuse_adapters
 
 from .configuration_kansformer import KansformerConfig
 
@@ -197,8 +197,9 @@ class KansformerPreTrainedModel(PreTrainedModel):
     def extend_grid(self, grid_size: int) -> None:
         """Refine every KAN layer to `grid_size` intervals without changing its function; see `KANLinear.extend_grid`.
 
-        The parameters are replaced: make a new optimizer afterwards.
+        The parameters are replaced: make a new optimizer afterwards. ValueError where an adapter holds coefficients.
         """
+        refuse_adapters(self, "spline_weight")
         layers = [layer for _, layer in self.kan_layers()]
         if not layers:
             raise ValueError(f"the model has no grids: its blocks are {self.config.ffn_type}")
@@ -244,7 +245,10 @@ class KansformerPreTrainedModel(PreTrainedModel):
         Args:
             *args, **kwargs: passed to the model, such as `input_ids`. Padding counts like any other token.
             spread: standard deviations that a grid reaches on either side of the mean.
+        Raises:
+            ValueError: if an adapter holds the coefficients of a layer, or for samples that make no grid.
         """
+        refuse_adapters(self, "spline_weight")
         self.visit_kan_inputs(lambda name, layer, x: layer.update_grid(x, spread), *args, **kwargs)
 
     @torch.no_grad()
