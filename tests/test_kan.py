@@ -370,6 +370,13 @@ def test_bad_arguments_of_fit(tmp_path):
             model.fit(data, optimizer="adam", batch_size=batch_size)
     with pytest.raises(ValueError, match="lamb is -1"):
         model.fit(data, lamb=-1)
+    model.requires_grad_(False)
+    model.layers[0].symbolic.affine.requires_grad_(True)  # of formulas, of which there are none
+    for optimizer in ("lbfgs", "adam"):
+        with pytest.raises(ValueError, match="no parameter requires a gradient: unfreeze"):
+            model.fit(data, optimizer)
+    assert model.samples is None
+    assert (model.layers[0].linear.grid == torch.tensor([-1.0, 1.0])).all(), "nothing was done"
     with pytest.raises(ValueError, match=r"in torch.float16; save it in one of float32, float64"):
         model.half().save(tmp_path)
 

@@ -70,7 +70,7 @@ def fit(
         RuntimeWarning: if the loss is not finite; the last good parameters are restored and the fit ends.
         UserWarning: for input columns that are constant, or nearly so for their size.
     Raises:
-        ValueError, TypeError: for data that do not fit the network, or an unknown optimizer.
+        ValueError, TypeError: for data that do not fit the network, an unknown optimizer, or nothing left to train.
     """
     if optimizer not in ("lbfgs", "adam"):
         raise ValueError(f"optimizer is {optimizer!r}; choose 'lbfgs' or 'adam'")
@@ -82,6 +82,8 @@ def fit(
     check_sizes(**counts)
     if not lamb >= 0:
         raise ValueError(f"lamb is {lamb}: it must not be negative, the weight of a penalty")
+    if not _trained(model):
+        raise ValueError("no parameter requires a gradient: unfreeze some, such as network.requires_grad_(True)")
     data = _dataset(model, dataset)
     low, high = data.train_input.aminmax(dim=0)
     constant = (low == high).nonzero().flatten().tolist()
@@ -208,11 +210,6 @@ class _Run:
         self.bar.set_postfix({name: f"{value:.2e}" for name, value in shown.items()}, refresh=False)
         self.bar.update()
 
-    def parameters(self) -> list[Tensor]:
-        """Those that train; formulas only where there are some."""
-        idle = [id(layer.symbolic.affine) for layer in self.model.layers if not layer.symbolic.groups()]
-        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in idle]
-
     def stopped(self) -> bool:
         warnings.warn(
             f"the loss or its gradient is not finite after step {len(self.history['train_loss'])}; the fit ends with "
@@ -238,7 +235,7 @@ def _lbfgs(run: _Run, steps: int) -> bool:
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError('L-BFGS needs scipy: pip install "kansformer[science]", or use optimizer="adam"') from error
-    parameters, x, y = run.parameters(), run.data.train_input, run.data.train_label
+    parameters, x, y = _trained(run.model), run.data.train_input, run.data.train_label
     with torch.no_grad():
         features = run.model.layers[0].features(x)
     like, sizes = parameters[0], [p.numel() for p in parameters]
@@ -288,7 +285,7 @@ def _lbfgs(run: _Run, steps: int) -> bool:
 
 
 def _adam(run: _Run, steps: int, lr: float, batch_size: int | None, seed: int) -> bool:
-    parameters, x, y = run.parameters(), run.data.train_input, run.data.train_label
+    parameters, x, y = _trained(run.model), run.data.train_input, run.data.train_label
     optimizer = torch.optim.Adam(parameters, lr=lr)
     generator = torch.Generator().manual_seed(seed + len(run.history["train_loss"]))
     batches = iter(())
@@ -315,6 +312,12 @@ def _adam(run: _Run, steps: int, lr: float, batch_size: int | None, seed: int) -
         run.record(loss.detach(), reg if reg is None else reg.detach())
     optimizer.zero_grad()
     return True
+
+
+def _trained(model: "KAN") -> list[Tensor]:
+    """The parameters that train; formulas only where there are some."""
+    idle = [id(layer.symbolic.affine) for layer in model.layers if not layer.symbolic.groups()]
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in idle]
 
 
 def _dataset(model: "KAN", dataset: Dataset | Mapping[str, Tensor]) -> Dataset:
