@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sympy
 from sklearn.datasets import load_iris, make_friedman1
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV
@@ -45,6 +46,29 @@ def test_a_classifier_in_a_grid_search():
         KANRegressor(hidden=None).fit(X, y)
     with pytest.raises(ValueError, match="at least two classes"):
         KANClassifier().fit(X, np.zeros(150))
+
+
+def test_formulas_are_in_the_units_of_the_data():
+    X = np.random.default_rng(0).uniform(1, 3, (200, 2))
+    y = np.stack([10 * X[:, 0] ** 2 + 5 * X[:, 1], 1e3 * np.sin(2 * X[:, 1]) - 40 * X[:, 0]], 1)
+    model = KANRegressor(hidden=[], steps=5, lamb=0).fit(X, y)
+    with pytest.raises(ValueError, match="are splines, which have no formula"):
+        model.symbolic_formula()
+    model.network_.auto_symbolic(verbose=False)
+    expected = model.predict(X)
+    for simplify in (True, False):
+        formulas = model.symbolic_formula(simplify=simplify)
+        found = [sympy.lambdify(sympy.symbols("x_1 x_2"), formula)(*X.T) for formula in formulas]
+        np.testing.assert_allclose(np.stack(found, 1), expected, rtol=1e-9, atol=1e-6)
+    x, z = sympy.symbols("u v")
+    first, second = model.symbolic_formula(["u", z], digits=4)
+    assert abs(float(first.subs(x, 2).subs(z, 2)) - 50) < 0.01
+    assert abs(float(second.subs(x, 2).subs(z, 2)) - (1e3 * np.sin(4) - 80)) < 0.2
+    with pytest.raises(ValueError, match="names must be 2 names"):
+        model.symbolic_formula(["u"])
+    model.feature_names_in_ = np.array(["age", "body mass"], dtype=object)  # as a fit to a data frame sets them
+    names = {symbol.name for formula in model.symbolic_formula() for symbol in formula.free_symbols}
+    assert names == {"age", "body mass"}
 
 
 def test_scales_of_inputs_and_targets_do_not_matter():

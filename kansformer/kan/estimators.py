@@ -8,7 +8,8 @@ Args:
     random_state: seed of the parameters and batches: an int, a numpy RandomState, or None.
 
 Attributes:
-    network_: the fitted `KAN` (float64), on standardised inputs.
+    network_: the fitted `KAN` (float64), on standardised inputs (and a regressor's targets): its own outputs, plots and
+        formulas are in these units, `KANRegressor.symbolic_formula` in the data's.
     history_: what `KAN.fit` returned.
     mean_, scale_: of the inputs.  n_features_in_, feature_names_in_: as in scikit-learn.
 """
@@ -29,6 +30,7 @@ except ImportError as error:
 
 from kansformer.kan.data import Dataset
 from kansformer.kan.fitting import warn_outside
+from kansformer.kan.formula import _sympy, finished
 from kansformer.kan.network import KAN
 
 
@@ -124,6 +126,34 @@ class KANRegressor(RegressorMixin, _KANEstimator):
         """X (N, I): (N,) or (N, O), as y was."""
         y = self._outputs(X) * self.target_scale_ + self.target_mean_
         return y[:, 0] if self._flat else y
+
+    def symbolic_formula(self, names=None, digits=None, simplify=True, timeout=10.0):
+        """What `predict` computes as sympy formulas, one for each target, in the units of the data.
+
+            y = target_mean_ + target_scale_ * f((x - mean_) / scale_),    f the formula of `network_`
+
+        Every live edge must be symbolic first: `regressor.network_.auto_symbolic()`.
+
+        Args:
+            names: of the inputs, all of them, or sympy expressions. None: `feature_names_in_`, or x_1, x_2, ...
+            digits, simplify, timeout: of `KAN.symbolic_formula`. Rounding comes last, to decimals of constants in the
+                data's units: inputs with large means need more of them than standardised ones.
+        Raises:
+            ValueError, ImportError: as `KAN.symbolic_formula`.
+        """
+        check_is_fitted(self)
+        sp = _sympy()
+        if names is None:
+            names = getattr(self, "feature_names_in_", [f"x_{column + 1}" for column in range(self.n_features_in_)])
+        if isinstance(names, str) or len(names) != self.n_features_in_:
+            raise ValueError(f"names must be {self.n_features_in_} names or expressions, got {names!r}")
+        inputs = [
+            ((sp.Symbol(name) if isinstance(name, str) else sp.sympify(name)) - mean) / scale
+            for name, mean, scale in zip(names, self.mean_.tolist(), self.scale_.tolist())
+        ]
+        outputs = self.network_.symbolic_formula(inputs, simplify=False)
+        units = zip(outputs, self.target_scale_.tolist(), self.target_mean_.tolist())
+        return finished([scale * output + mean for output, scale, mean in units], digits, simplify, timeout)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

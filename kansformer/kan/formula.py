@@ -64,9 +64,26 @@ def symbolic_formula(
         _warn_domains(model)
     for layer in model.layers:
         nodes = _layer_expressions(layer, nodes, sp)
-    if simplify:
-        return _simplified(nodes, digits, timeout)
-    return [_rounded(node, digits) for node in nodes]
+    return finished(nodes, digits, simplify, timeout)
+
+
+def finished(nodes: "Sequence[sympy.Expr]", digits: int | None, simplify: bool, timeout: float) -> "list[sympy.Expr]":
+    """Expressions as `symbolic_formula` gives them: simplified if asked, then rounded."""
+    if not simplify:
+        return [_rounded(node, digits) for node in nodes]
+    sp, done = _sympy(), []
+    try:
+        with _deadline(timeout):
+            for node in nodes:
+                # exp(u + 0.3) is expanded to 1.35 exp(u) and, where u is a sum, joined again.
+                tidy = sp.powsimp(sp.expand(node), deep=True, combine="exp")
+                done.append(min(_rounded(tidy, digits), _rounded(node, digits), key=lambda e: e.count_ops()))
+    except TimeoutError:
+        warnings.warn(
+            f"simplifying output {len(done)} took more than timeout={timeout:g} s; it and those after it stay as built",
+            stacklevel=3,
+        )
+    return done + [_rounded(node, digits) for node in nodes[len(done) :]]
 
 
 def round_constants(expression: "sympy.Expr", digits: int) -> "sympy.Expr":
@@ -112,22 +129,6 @@ def _layer_expressions(layer: "KANLayer", nodes: "list[sympy.Expr]", sp: Any) ->
 
 def _rounded(node: "sympy.Expr", digits: int | None) -> "sympy.Expr":
     return node if digits is None else round_constants(node, digits)
-
-
-def _simplified(nodes: "list[sympy.Expr]", digits: int | None, timeout: float) -> "list[sympy.Expr]":
-    sp, done = _sympy(), []
-    try:
-        with _deadline(timeout):
-            for node in nodes:
-                # exp(u + 0.3) is expanded to 1.35 exp(u) and, where u is a sum, joined again.
-                tidy = sp.powsimp(sp.expand(node), deep=True, combine="exp")
-                done.append(min(_rounded(tidy, digits), _rounded(node, digits), key=lambda e: e.count_ops()))
-    except TimeoutError:
-        warnings.warn(
-            f"simplifying output {len(done)} took more than timeout={timeout:g} s; it and those after it stay as built",
-            stacklevel=3,
-        )
-    return done + [_rounded(node, digits) for node in nodes[len(done) :]]
 
 
 @contextlib.contextmanager
