@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import sympy
-from sklearn.datasets import load_iris, make_friedman1
-from sklearn.linear_model import LinearRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.datasets import load_diabetes, load_iris, make_friedman1
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from kansformer.kan import KANClassifier, KANRegressor
@@ -30,6 +30,18 @@ def test_a_regressor_beats_a_line_and_keeps_the_shape_of_its_targets():
     two = KANRegressor(**SMALL).fit(X, np.stack([y, 1000 * y], 1)).predict(X)
     assert two.shape == (300, 2)
     np.testing.assert_allclose(two[:, 1].mean(), 1000 * y.mean(), rtol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*lie outside the grids:UserWarning")
+@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_default_penalty_keeps_noise_out(steps):
+    """On diabetes, 5 folds, mean R2 is at most 0.05 below ridge regression's; without the penalty it is 0.1 below."""
+    X, y = load_diabetes(return_X_y=True)
+    folds = KFold(5, shuffle=True, random_state=0)
+    score = lambda model: cross_val_score(model, X, y, cv=folds).mean()  # noqa: E731
+    least = score(Ridge()) - 0.05
+    assert score(KANRegressor(steps=steps)) > least
+    assert score(KANRegressor(steps=2, lamb=0)) < least - 0.05
 
 
 def test_a_classifier_in_a_grid_search():
