@@ -33,7 +33,7 @@ def test_a_regressor_beats_a_line_and_keeps_the_shape_of_its_targets():
 
 
 @pytest.mark.filterwarnings("ignore:.*lie outside the grids:UserWarning")
-@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_the_default_penalty_keeps_noise_out(steps):
     """On diabetes, 5 folds, mean R2 is at most 0.05 below ridge regression's; without the penalty it is 0.1 below."""
     X, y = load_diabetes(return_X_y=True)
