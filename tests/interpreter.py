@@ -1,7 +1,8 @@
-"""Two repairs to Triton's interpreter; import before the first interpreted launch (seen with triton 3.6).
+"""Three repairs to Triton's interpreter; import before the first interpreted launch (seen with triton 3.6).
 
 It turns run-time scalars (arrays of one element) into loop bounds with int(), which numpy 2.4 allows for arrays of no
-dimensions only. And it holds bfloat16 as 16-bit integers, which `tl.dot` then multiplies as such.
+dimensions only. It holds bfloat16 as 16-bit integers, which `tl.dot` then multiplies as such. And its `tl.fma` rounds
+the product.
 
 One difference from a GPU stays: float32 to bfloat16 truncates, an error of up to 2^-8 instead of 2^-9.
 """
@@ -29,5 +30,17 @@ def _dot_of_floats(self, a, b, d, *precision):
     return _create_dot(self, _as_float32(a), _as_float32(b), d, *precision)
 
 
+def _fma(self, x, y, z):
+    product = x.data.astype(np.float64) * y.data  # exact
+    total = product + z.data
+    z_part = total - product
+    lost = (product - (total - z_part)) + (z.data - z_part)
+    # An inexact sum is rounded to its odd neighbour, so that the second rounding, to float32, sees no false tie.
+    even = total.view(np.int64) % 2 == 0
+    total = np.where(even & (lost != 0), np.nextafter(total, np.copysign(np.inf, lost)), total)
+    return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+
 interpreter._patch_lang_tensor = _patch_with_index
 interpreter.InterpreterBuilder.create_dot = _dot_of_floats
+interpreter.InterpreterBuilder.create_fma = _fma

@@ -21,7 +21,9 @@ from torch import Tensor
 from kansformer.kernels import torch_kan
 
 triton = pytest.importorskip("triton")
-from kansformer.kernels import triton_config, triton_decode, triton_kan  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from kansformer.kernels import triton_basis, triton_config, triton_decode, triton_kan  # noqa: E402
 
 if not torch.cuda.is_available():
     import interpreter  # noqa: F401
@@ -194,6 +196,28 @@ def test_forward_decodes_where_that_reads_less(monkeypatch):
     assert torch.equal(triton_kan.forward(*layer.arguments), expected)
     config = triton_config.choose("forward", 1, 40, 50, 8, torch.float32, False, True, 90)
     assert error(triton_kan.forward(*layer.arguments, config=config), expected) < 1e-6
+
+
+@triton.jit
+def _inverse_widths(out_ptr, grid_ptr, N, GRID_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _, inverse_width = triton_basis.grid_scale(grid_ptr, offs, 2, N, GRID_SIZE)
+    tl.store(out_ptr + offs, inverse_width, mask=offs < N)
+
+
+@pytest.mark.parametrize("G", [1, 2, 3, 5, 7, 8, 13, 63, 100])
+def test_inverse_width_is_the_exact_quotient(G):
+    """Bit for bit: widths of every size, those next to a power of two, and as layers have them."""
+    powers = 2.0 ** torch.arange(-60, 61)
+    widths = torch.cat([powers, powers * (1 - 2**-24), powers * (1 + 2**-23), torch.exp(40 * torch.randn(100_000))])
+    widths = widths[(widths > 1e-30) & (widths < 1e30)]
+    lo = torch.randn(100_000)
+    grid = torch.cat([torch.stack([0 * widths, widths], -1), torch.stack([lo, lo + 1 + 5 * torch.rand(100_000)], -1)])
+    grid = grid.to(DEVICE)
+    found = torch.empty(len(grid), device=DEVICE)
+    _inverse_widths[triton.cdiv(len(grid), 16384),](found, grid, len(grid), G, 16384)
+    width = grid[:, 1] - grid[:, 0]
+    assert torch.equal(found, torch.full_like(width, G) / width)  # a number / tensor would be its reciprocal * number
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

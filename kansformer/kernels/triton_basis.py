@@ -26,7 +26,23 @@ def grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE: tl.constexpr):
     inside = offs_i < I
     lo = tl.load(grid_ptr + offs_i * stride_grid, mask=inside, other=0.0)
     hi = tl.load(grid_ptr + offs_i * stride_grid + 1, mask=inside, other=1.0)
-    return lo, tl.div_rn(GRID_SIZE * 1.0, hi - lo)  # a quotient 1 ulp off puts inputs on the other side of a knot
+    return lo, divide(GRID_SIZE * 1.0, hi - lo)  # a quotient 1 ulp off puts inputs on the other side of a knot
+
+
+@triton.jit
+def divide(a, b):
+    """a / b rounded to nearest as by `tl.div_rn`, without its branches; a an integer below 128, 1e-30 < b < 1e30.
+
+    The square of rsqrt is within 2^-21 of 1/b, a Newton step makes it 1/b rounded to nearest, with which the last line
+    rounds the quotient to nearest (Markstein, IBM J. Res. Dev. 34(1), 1990). A step errs downwards by up to 2^-42; for
+    b one ulp below a power of two that is the wrong side of a midpoint: hence 2^-41. Where 1/b lies so near to another
+    midpoint, either neighbour gives the same quotient: compared for every a and all 2^23 mantissas of b.
+    """
+    r = tl.rsqrt(b)
+    r *= r
+    r = tl.fma(r, tl.fma(-b, r, 1.0) + 2**-41, r)
+    q = a * r
+    return tl.fma(tl.fma(-b, q, a), r, q)
 
 
 @triton.jit

@@ -93,16 +93,16 @@ def _kan_fwd_kernel(
         c = step % C
         i0 = step // C * BLOCK_I
         in_i = i0 + offs_i < share
-        # Masked off but for c = 0, and outside the branch: so the pipeline carries them, and they cost no bandwidth.
+        # Masked off but for c = 0, and outside the branch: so the pipeline carries them, and they cost no bandwidth. Of
+        # the grid every thread would copy its own features into it, 16 words a step: it is loaded where it is used.
         fresh = in_i & (tl.zeros((BLOCK_I,), tl.int32) == c)
         in_x = in_m & fresh[None, :]
         x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi + x_offs, mask=in_x, other=0.0)
         if HAS_GATE:
             fresh_gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi + gate_offs, mask=in_x, other=0.0)
-        lo = tl.load(grid_ptr + (i0 + offs_i) * stride_grid, mask=fresh, other=0.0)
-        hi = tl.load(grid_ptr + (i0 + offs_i) * stride_grid + 1, mask=fresh, other=1.0)
         if c == 0:
-            t = (x.to(tl.float32) - lo[None, :]) * tl.div_rn(GRID_SIZE * 1.0, hi - lo)[None, :] - (1 - ORDER) / 2
+            lo, inverse_width = grid_scale(grid_ptr, i0 + offs_i, stride_grid, share, GRID_SIZE)
+            t = (x.to(tl.float32) - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
             if HAS_GATE:
                 gate = fresh_gate
         w_tile_ptr = w_ptr + (tl.cast(i0, tl.int64) * C + c) * O
