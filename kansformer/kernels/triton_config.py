@@ -20,6 +20,7 @@ class Config:
     num_stages: int
     BLOCK_C: int = 1  # functions in a tile; only dx has more than one
     GROUP: int = 8  # rows of tiles that programs in flight share
+    maxnreg: int | None = None  # registers a thread at most: 128 let two programs of 8 warps share a multiprocessor
 
 
 # Bytes of partial sums cost as much as this many FLOPs: 790 bf16 TFLOP/s over 4300 GB/s (H200; benchmarks/roofline.py).
@@ -51,13 +52,15 @@ def choose(
     based: bool,
     capability: int,
     tf32: bool = False,
+    input_bytes: int = 2,
+    order: int = 3,
 ) -> Config:
     """The configuration of "forward", "backward_x" or "backward_w".
 
     Chosen by what the compiler made of it and not by a sweep: no spilled registers in any case of
     tests/test_kernels.py, and on sm_90 products that stay in flight while the next splines are evaluated.
     """
-    return candidate_configs(kernel, M, I, O, C, dtype, gated, based, capability, tf32)[0]
+    return candidate_configs(kernel, M, I, O, C, dtype, gated, based, capability, tf32, input_bytes, order)[0]
 
 
 def candidate_configs(
@@ -71,8 +74,14 @@ def candidate_configs(
     based: bool,
     capability: int,
     tf32: bool = False,
+    input_bytes: int = 2,
+    order: int = 3,
 ) -> list[Config]:
-    """Configurations worth timing, the shipped one first. `tf32`: how float32 products run, on tensor cores or not."""
+    """Configurations worth timing, the shipped one first.
+
+    `tf32`: how float32 products run, on tensor cores or not. `input_bytes`: of an element of x or the gate, the larger.
+    `order`: of the splines; 3 takes the most registers.
+    """
     block_c = function_block(C)
     if dtype == torch.float32:
         tiles = {
@@ -94,12 +103,25 @@ def candidate_configs(
         tiles = [Config(128, 32, 256, 8, 4), Config(128, 32, 256, 8, 3), Config(128, 32, 128, 8, 4)]
         if capability in (86, 89) or capability // 10 == 12:  # 99 KiB: float32 x and a gate take 105 in four stages
             return [Config(128, 32, 128, 8, 3)]
-        return tiles if wide and O > 128 else tiles[2:]
+        # Half as many steps, each with its addresses and barriers: on sm_90 4162 clocks of issue for 64 features, where
+        # two steps of 32 take 5212 and tensor cores 4096 (k = 1, C = 4, gated; 9446, 11760, 8192 for k = 3, C = 8).
+        # With both a gate and a base term it spills; with float32 inputs it spills or its products are serialized.
+        if capability // 10 == 9 and input_bytes == 2 and not (gated and based) and I > 256:
+            tiles.insert(0, Config(128, 64, 256, 8, 3))
+        return tiles if wide and O > 128 else tiles[-1:]
     if kernel == "backward_x":
-        tiles = [Config(128, 128 // block_c, 32, 8, 3, block_c), Config(128, 256 // block_c, 64, 8, 3, block_c)]
+        narrow = Config(128, 128 // block_c, 32, 8, 3, block_c)
+        tiles = [narrow, Config(128, 256 // block_c, 64, 8, 3, block_c)]
         # The epilogue's registers decide: these are the cases in which nothing spills.
-        fits = {8: not gated and (not based or dtype == torch.bfloat16), 4: gated and not based, 2: False}[block_c]
-        return tiles[::-1] if capability // 10 == 9 and fits else tiles
+        bfloat16 = dtype == torch.bfloat16
+        plain = not gated and (not based or bfloat16)
+        hats = gated and not based and bfloat16 and order == 1 and C == 8
+        fits = {8: plain or hats, 4: gated and not based, 2: False}[block_c]
+        if capability // 10 != 9:
+            return tiles
+        if gated and bfloat16 and input_bytes == 2 and C == 8:  # nor at 128 of the 133 to 196 registers it takes
+            tiles = [dataclasses.replace(narrow, maxnreg=128), tiles[1], narrow]
+        return [tiles[1], tiles[0], *tiles[2:]] if fits else tiles
     tiles = [Config(64, 128, 256, 8, 3), Config(64, 128, 128, 8, 3), Config(32, 128, 128, 8, 3)]
     return tiles if wide and O > 128 else tiles[2:]
 

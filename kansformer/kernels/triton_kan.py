@@ -12,20 +12,22 @@ With Phi[m, (i, c)] = gate * B_c(x) this is the matrix product Phi @ W, and its 
 2 M I C O FLOPs each, what a linear layer of as many parameters costs, if neither Phi nor dPhi (M*I*C numbers) is ever
 written to memory:
 
-forward  A program owns (BLOCK_M, BLOCK_O) of y. It holds a tile of t = (x - lo)/h in registers, in the layout of the
-         tensor core's left operand, while c runs over the C functions: B_c(t) is computed, rounded and multiplied with
-         W[i*C + c, :], at fixed c a plain 2-D tile of row stride C*O. Phi is evaluated once per block of O, so BLOCK_O
-         must be wide: evaluation costs about 10 instructions (k = 3) or 4 (k = 1) an element, hidden under 2 BLOCK_O
-         FLOPs of tensor core. One loop runs over (block of I, c), so that the pipeline never drains; c stays a run-time
-         variable (unrolled, every weight tile would be a stage of its own). The base term is one more function, in a
-         loop of its own.
+forward  A program owns (BLOCK_M, BLOCK_O) of y. It holds a tile of t = (x - lo)/h in registers while c runs over the
+         C functions: B_c(t) is computed, rounded, brought into the layout of the tensor core's left operand through
+         shared memory (the compiler's choice) and multiplied with W[i*C + c, :], at fixed c a plain 2-D tile of row
+         stride C*O. Phi is evaluated once per block of O, so BLOCK_O must be wide: on sm_90 a step issues 9 (k = 1) to
+         17 (k = 3) instructions an element of Phi, 5 more with a gate, under 2 BLOCK_O FLOPs of tensor core, and the
+         two take about as long. One loop runs over (block of I, c), so that the pipeline never drains; c stays a
+         run-time variable (unrolled, every weight tile would be a stage of its own). The base term is one more
+         function, in a loop of its own.
 dx       The product runs over O alone, with both operands straight from shared memory as in any matrix product; the
          columns of the tile are (c, i) for BLOCK_C functions of BLOCK_I features. B_c'(x) enters in the epilogue,
          once per element of dPhi, and with i the faster index the sum over c stays within a thread. The
          alternative, one c at a time with a (BLOCK_M, BLOCK_I) product each, needs a second accumulator as large as
          the first, so tiles half as wide: 64 instead of 48 bytes a clock and SM for operands at the full bf16 rate.
 dW       A program owns the (BLOCK_I, BLOCK_O) gradient of one function c and runs over tokens; Phi^T is computed in
-         registers like Phi in forward. c = C is the base weight. Programs of one x and dy tile are neighbours.
+         registers and changes its layout like Phi in forward. c = C is the base weight. Programs of one x and dy tile
+         are neighbours.
 
 Programs never add into each other's memory: where too few tiles would fill the chip the reduction is split, partial
 sums are written in float32 and added in a fixed order by a second kernel. Runs are bit-equal.
@@ -339,7 +341,7 @@ def forward(
     capability, sms = _device_properties(x.device.index)
     config = config or choose(
         "forward", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability,
-        precision(spline_weight.dtype) == "tf32",
+        precision(spline_weight.dtype) == "tf32", _input_bytes(x, gate), spline_order,
     )  # fmt: skip
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(O, config.BLOCK_O)
     blocks = triton.cdiv(I, config.BLOCK_I)
@@ -355,7 +357,7 @@ def forward(
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             HAS_BASE=base is not None, PRECISION=precision(weight.dtype), BLOCK_M=config.BLOCK_M,
             BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
         )  # fmt: skip
     return sum_partials(partial, y) if splits > 1 else y
 
@@ -429,7 +431,7 @@ def backward_x(
     capability, _ = _device_properties(x.device.index)
     config = config or choose(
         "backward_x", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability,
-        precision(spline_weight.dtype) == "tf32",
+        precision(spline_weight.dtype) == "tf32", _input_bytes(x, gate), spline_order,
     )  # fmt: skip
     grid, weight, base = _ranges(grid), spline_weight.contiguous(), _contiguous(base_weight)
     with torch.cuda.device_of(x):
@@ -439,7 +441,7 @@ def backward_x(
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             HAS_BASE=base is not None, PRECISION=precision(weight.dtype), BLOCK_M=config.BLOCK_M,
             BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, BLOCK_C=config.BLOCK_C, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, dgate
 
@@ -489,7 +491,7 @@ def backward_w(
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             PRECISION=precision(dtype), DOT_DTYPE=TRITON_DTYPE[dtype], BLOCK_M=config.BLOCK_M,
             BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
         )  # fmt: skip
     for out, partial in zip(outputs, partials):
         sum_partials(partial, out)
@@ -502,6 +504,10 @@ TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.fl
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A kernel argument that is not read where the tensor is None."""
     return other if tensor is None else tensor
+
+
+def _input_bytes(x: Tensor, gate: Tensor | None) -> int:
+    return max(x.element_size(), _or(gate, x).element_size())
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
