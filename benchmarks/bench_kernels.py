@@ -5,6 +5,7 @@
 For the KAN layers of the blocks in benchmarks/bench_ffn.py: forward, dx and dW under each of `candidate_configs`, the
 shipped one first, and the alternative that writes Phi (M, I*C) to memory: splines by one compiled kernel, then cuBLAS.
 Each is compared with float64 on a few rows before it is timed. The share is of a large product's TFLOP/s in this run.
+Decoding is one row under each of DECODE; its TFLOP/s are the dense product's, of which it reads k + 1 of C rows.
 Writes kernels_<device>.{json,md}; a tile that wins goes to kansformer/kernels/triton_config.py with its figures.
 
 `--device cpu` is for tests/test_benchmarks.py, which walks through all of it in Triton's interpreter; such times mean
@@ -22,12 +23,14 @@ from harness import RESULTS, environment, header, markdown, ratio, side_by_side,
 from torch import Tensor
 
 from kansformer import splines
-from kansformer.kernels import torch_kan, triton_config, triton_kan
+from kansformer.kernels import torch_kan, triton_config, triton_decode, triton_kan
 from kansformer.layers import match_intermediate_size
 
 # (block, C, k): its layer h -> d
 LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan", 8, 1), ("kan", 8, 3))
-KERNELS = ("forward", "backward_x", "backward_w")
+KERNELS = ("forward", "backward_x", "backward_w", "decode")
+# The shipped sizes first; LEAST_SHARE is no argument.
+DECODE = ({}, {"BLOCK_I": 8}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "BLOCK_O": 128}, {"BLOCK_I": 32, "num_warps": 8})
 WORST = 0.02  # of the norm, in bfloat16
 
 
@@ -107,15 +110,20 @@ def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype
 
 def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
     """A row for every configuration and for the alternative."""
+    layer = layer.rows(1) if kernel == "decode" else layer
     M, I = layer.x.shape
     O, C = layer.weight.shape[1], layer.G + layer.k
     capability, _ = triton_kan._device_properties(layer.x.device.index)
     gated, based = layer.gate is not None, layer.base is not None
-    configs = triton_config.candidate_configs(kernel, M, I, O, C, layer.weight.dtype, gated, based, capability)
+    sizes = M, I, O, C, layer.weight.dtype, gated, based, capability
+    if kernel == "decode":
+        configs = DECODE
+    else:
+        configs = [dataclasses.asdict(c) for c in triton_config.candidate_configs(kernel, *sizes, order=layer.k)]
     variants = {}
     for config in configs:
-        numbers = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items())
-        variants[numbers] = lambda part, config=config: fused(kernel, part, config)
+        numbers = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
+        variants[numbers or "shipped"] = lambda part, config=config: fused(kernel, part, config)
     variants["basis + cuBLAS"] = lambda part: alternative(kernel, part)
     expected = reference(kernel, layer.rows(32).double())
     errors = {}
@@ -134,7 +142,11 @@ def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
     ]
 
 
-def fused(kernel: str, layer: Layer, config: triton_config.Config) -> list[Tensor]:
+def fused(kernel: str, layer: Layer, config: dict) -> list[Tensor]:
+    if kernel == "decode":
+        _, sms = triton_kan._device_properties(layer.x.device.index)
+        return [triton_decode.decode(*layer.arguments, **config, sms=sms)]
+    config = triton_config.Config(**config)
     if kernel == "forward":
         found = [triton_kan.forward(*layer.arguments, config=config)]
     elif kernel == "backward_x":
@@ -146,7 +158,7 @@ def fused(kernel: str, layer: Layer, config: triton_config.Config) -> list[Tenso
 
 
 def reference(kernel: str, layer: Layer) -> list[Tensor]:
-    if kernel == "forward":
+    if kernel in ("forward", "decode"):
         return [torch_kan.forward(*layer.arguments)]
     inputs = kernel == "backward_x"
     needs = inputs, inputs and layer.gate is not None, not inputs, not inputs and layer.base is not None
@@ -197,7 +209,7 @@ def alternative(kernel: str, layer: Layer) -> list[Tensor]:
         found = _gradients(layer.dy @ weight.mT, dbase, x, gate, grid, G, k)
         return [tensor for tensor in found if tensor is not None]
     phi = _phi(x, gate, grid, G, k, weight.dtype)
-    if kernel == "forward":
+    if kernel in ("forward", "decode"):
         y = phi @ weight
         return [y if base is None else y.addmm_(_base(x, gate, weight.dtype), base.mT)]
     found = [phi.mT @ layer.dy]

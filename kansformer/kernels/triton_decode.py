@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kansformer.kernels.triton_basis import activation, grid_scale, spline
 
-# A share of I per program is at least this long: one partial sum written and read (8 bytes) per 2 * (k + 1) * 32 bytes
-# of 16-bit weights read.
-LEAST_SHARE = 32
+# A share of I per program is at least this long: one partial sum written and read (8 bytes, in L2) per 2 * (k + 1) * 16
+# bytes of 16-bit weights read. With 32, a layer 1376 -> 1024 has 172 programs for 132 multiprocessors, with 16, 344.
+LEAST_SHARE = 16
 # Programs wanted for each multiprocessor, so that enough loads are in flight to reach the memory bandwidth.
 PROGRAMS_PER_SM = 8
 
@@ -86,6 +86,15 @@ def _kan_decode_kernel(
         tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M * O + y_offs, y, mask=in_y)
 
 
+def block_inputs(dtype: torch.dtype, spline_order: int, based: bool) -> int:
+    """BLOCK_I: as many loads in flight as registers allow.
+
+    On sm_90 with k = 1, 16 inputs put 8 loads of 16 bytes a thread in flight and take 76 registers, 8 inputs 4 and 41.
+    A base term (255 registers), k = 3 (168) and float32 (which spills) leave too few programs.
+    """
+    return 16 if spline_order == 1 and not based and dtype != torch.float32 else 8
+
+
 def decode(
     x: Tensor,
     gate: Tensor | None,
@@ -96,7 +105,7 @@ def decode(
     spline_order: int,
     base_activation: str,
     scale: Tensor | None = None,
-    BLOCK_I: int = 8,
+    BLOCK_I: int | None = None,
     BLOCK_O: int = 256,
     num_warps: int = 4,
     sms: int = 132,
@@ -105,6 +114,7 @@ def decode(
 
     With `scale` (I*C,) the weights are spline_weight * scale[:, None], spline_weight int8; y has the scale's dtype.
     """
+    BLOCK_I = BLOCK_I or block_inputs(spline_weight.dtype, spline_order, base_weight is not None)
     M, I = x.shape
     O = spline_weight.shape[1]
     y = (spline_weight if scale is None else scale).new_empty(M, O)
@@ -131,20 +141,22 @@ def decode(
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
-def _sum_kernel(out_ptr, partial_ptr, N, splits, BLOCK: tl.constexpr):
+def _sum_kernel(out_ptr, partial_ptr, N, splits, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(partial_ptr + offs, mask=offs < N, other=0.0)
-        partial_ptr += N
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < N)
+    rows = tl.arange(0, ROWS)
+    offs_rows = rows[:, None].to(tl.int64) * N + offs[None, :]
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, splits, ROWS):
+        mask = (rows < splits - first)[:, None] & (offs < N)[None, :]
+        acc += tl.load(partial_ptr + tl.cast(first, tl.int64) * N + offs_rows, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=offs < N)
 
 
 def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
-    """out = partial.sum(0) for a float32 partial (splits, *out.shape), in the order of the splits."""
-    BLOCK = 512
+    """out = partial.sum(0) for a float32 partial (splits, *out.shape), in an order that depends on the splits alone."""
+    BLOCK, ROWS = 256, 16  # what waits is latency: a row at a time, four were in flight
     with torch.cuda.device_of(out):
         _sum_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            out, partial, out.numel(), len(partial), BLOCK=BLOCK, enable_fp_fusion=True
+            out, partial, out.numel(), len(partial), BLOCK=BLOCK, ROWS=ROWS, enable_fp_fusion=True
         )
     return out
