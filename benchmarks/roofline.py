@@ -6,10 +6,10 @@ A kernel takes at least the longest of three times:
 
     tensor   FLOPs of its products / tensor-core rate
     memory   bytes of its inputs and outputs, each once / memory bandwidth
-    issue    instructions that evaluate splines / issue rate; every block of outputs evaluates them again, so
+    issue    instructions / issue rate. Every block of outputs evaluates the splines again, so
 
-        forward  M I C * (O / BLOCK_O) * n(k)           dW  the same, plus n(t) for the position at every evaluation
-        dx       M I C * (n'(k) [+ n(k) if gated])      once: in the epilogue
+        forward, dW   M I C * (O / BLOCK_O) * instructions an element of Phi
+        dx            M I C * instructions an element of dPhi, once: in the epilogue
 
 and at most tensor + issue, if nothing overlaps: on Hopper the products of one step run while the next splines are
 evaluated, so the truth should lie nearer the lower end. Both ends are printed. A table, then one json line.
@@ -19,14 +19,21 @@ import argparse
 import dataclasses
 import json
 
-# Instructions an element: subtraction of the centre, distances, clamps, powers, half a conversion to 16 bits. k = 3 was
-# counted in the SASS of the sm_90 forward kernel (tests/aot.py compiles it), the others in the source. A gate adds its
-# product and half an unpacking.
-SPLINE = {1: 3.5, 2: 9.5, 3: 11.5}
-# The same for derivatives, with the product by dPhi and the sum over c in fp32 (estimated from the source).
-DERIVATIVE = {1: 8, 2: 10, 3: 12}
-POSITION = 3  # unpack x, subtract lo, scale
-GATE = 1.5
+# Instructions a thread, counted in the SASS of the tiles shipped for sm_90 (bfloat16, C = 8, triton 3.6; tests/aot.py
+# counts loops, tests/test_kernels.py compares one). All of a loop is in them: splines, conversion to 16 bits and
+# through shared memory to the product's operand, copies of the next tiles, addresses, barriers. By (k, gated).
+#
+# A step of forward, c > 0, and what c = 0 adds to it, for 32 elements of Phi; a step of dW, for as many.
+FORWARD = {
+    (1, False): (284, 277), (2, False): (493, 275), (3, False): (556, 275),
+    (1, True): (456, 257), (2, True): (648, 257), (3, True): (712, 257),
+}  # fmt: skip
+WEIGHT = {(1, False): 391, (2, False): 615, (3, False): 679, (1, True): 526, (2, True): 714, (3, True): 778}
+# The base term's steps of forward and dW, 32 elements.
+BASE_STEP = 652, 682
+# dx but for its products' loops, an element of dPhi; with the base term where there is no gate.
+EPILOGUE = {(1, False): 27, (2, False): 18, (3, False): 20, (1, True): 20, (2, True): 23, (3, True): 25}
+STEP_ELEMENTS = 32
 ELEMENT_BYTES = 2
 
 
@@ -73,15 +80,17 @@ def kan_layer(M: int, I: int, O: int, C: int, order: int, *, gate=False, base=Tr
     weights = I * O * (C + base)
     flops = 2 * M * weights
     inputs = M * I * (1 + gate)
-    spline = SPLINE[order] + GATE * gate
     blocks = -(-O // block_o)
     forward_bytes = ELEMENT_BYTES * (inputs + M * O + weights)
     backward_bytes = ELEMENT_BYTES * (M * O + inputs + weights)
-    epilogue = DERIVATIVE[order] + gate * SPLINE[order]
+    evaluations = M * I * blocks / STEP_ELEMENTS
+    step, first = FORWARD[order, gate]
+    forward = evaluations * (C * step + first + base * BASE_STEP[0])
+    weight = evaluations * (C * WEIGHT[order, gate] + base * BASE_STEP[1])
     return [
-        Kernel("kan forward", flops, forward_bytes, M * I * C * blocks * spline),
-        Kernel("kan dx", flops, backward_bytes + ELEMENT_BYTES * inputs, M * I * C * epilogue),
-        Kernel("kan dW", flops, backward_bytes, M * I * C * blocks * (spline + POSITION)),
+        Kernel("kan forward", flops, forward_bytes, forward),
+        Kernel("kan dx", flops, backward_bytes + ELEMENT_BYTES * inputs, M * I * C * EPILOGUE[order, gate]),
+        Kernel("kan dW", flops, backward_bytes, weight),
     ]
 
 

@@ -22,7 +22,7 @@ import json
 
 import torch
 from harness import markdown
-from roofline import GATE, SPLINE, Kernel, Machine, kan_layer
+from roofline import FORWARD, STEP_ELEMENTS, Kernel, Machine, kan_layer
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets as reordering
 
@@ -72,8 +72,8 @@ def sparse_forward(M: int, I: int, O: int, C: int, spline_order: int, gate: bool
     """The dense forward kernel with half the products' time and half the splines. No base term: it is dense."""
     dense = kan_layer(M, I, O, C, spline_order, gate=gate, base=False, block_o=block_o)[0]
     blocks = -(-O // block_o)
-    spline = SPLINE[spline_order] + GATE * gate
-    issue = M * I * blocks * (C / 2 * spline + C / 4 * METADATA)
+    step, first = FORWARD[spline_order, gate]
+    issue = M * I * blocks * ((C / 2 * step + first) / STEP_ELEMENTS + C / 4 * METADATA)
     return Kernel("kan forward, 2:4", dense.flops / 2, dense.bytes, issue)
 
 

@@ -61,6 +61,7 @@ class Resources:
     shared: int  # bytes
     wgmma: int  # in the PTX
     serialized: bool  # every wgmma waits for the one before, so nothing runs under it
+    loops: list[tuple[int, int]]  # instructions of each loop with wgmma, and of its longest branch
 
     @staticmethod
     def read(name: str, compiled) -> "Resources":
@@ -79,6 +80,7 @@ class Resources:
             shared=compiled.metadata.shared,
             wgmma=products,
             serialized=_serialized(sass),
+            loops=_loops(sass),
         )
 
 
@@ -86,6 +88,24 @@ def _serialized(sass: str) -> bool:
     """Whether ptxas put a full wait after every group of wgmma (its warning C7512)."""
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", sass)
     return bool(waits) and set(waits) == {"0x0"} and len(waits) >= sass.count("HGMMA")
+
+
+def _loops(sass: str) -> list[tuple[int, int]]:
+    lines = [line.strip() for line in sass.splitlines()]
+    lines = [line for line in lines if line.startswith(".L") or re.match(r"/\*[0-9a-f]{4,}\*/", line)]
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L")}
+    jumps = [
+        (at, labels[found[1]]) for at, line in enumerate(lines) if (found := re.search(r"BRA.*`\((\.L\w+)\)", line))
+    ]
+    count = lambda begin, end: sum(not line.startswith(".L") for line in lines[begin:end])  # noqa: E731
+    return [
+        (
+            count(begin, end + 1),
+            max((count(at + 1, to) for at, to in jumps if begin < at < to <= end), default=0),
+        )
+        for end, begin in jumps
+        if begin < end and any("HGMMA" in line for line in lines[begin:end])
+    ]
 
 
 def _run(tool: str, *args: str) -> str:

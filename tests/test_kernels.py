@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -422,7 +423,26 @@ def check_compiled(capability: int, kernels: list[dict]) -> None:
 def test_compiles_ahead_of_time(capability, tmp_path):
     few = [CASES[1], *CASES[-2:]]  # the first case is the last but one with a smaller x
     cases = {80: few, 89: CASES[-2:-1], 90: CASES, 100: few, 120: CASES[-2:-1]}
-    check_compiled(capability, compiled(capability, cases[capability], tmp_path))
+    kernels = compiled(capability, cases[capability], tmp_path)
+    check_compiled(capability, kernels)
+    if capability == 90:
+        check_roofline(kernels)
+
+
+def check_roofline(kernels: list[dict]) -> None:
+    """What benchmarks/roofline.py says of a step of the forward kernel is what the compiler made of it."""
+    path = HERE.parent / "benchmarks" / "roofline.py"
+    roofline = runpy.run_path(str(path))
+    case = CASES[0]._asdict() | {"rows": list(CASES[0].rows)}
+    [forward] = [
+        kernel for kernel in kernels
+        if kernel["case"] == case and kernel["kernel"] == "_kan_fwd_kernel" and kernel["tile"]["BLOCK_M"] == 128
+    ]  # fmt: skip
+    [(loop, branch)] = forward["loops"]
+    assert forward["tile"]["BLOCK_I"] * forward["tile"]["BLOCK_M"] == roofline["STEP_ELEMENTS"] * 256
+    expected = roofline["FORWARD"][1, True]
+    slack = 0.02 if triton.__version__.startswith("3.6.") else 0.25
+    assert (loop - branch, branch) == pytest.approx(expected, rel=slack)
 
 
 @pytest.mark.exhaustive
