@@ -4,9 +4,11 @@
 
 For the KAN layers of the blocks in benchmarks/bench_ffn.py: forward, dx and dW under each of `candidate_configs`, the
 shipped one first, and the alternative that writes Phi (M, I*C) to memory: splines by one compiled kernel, then cuBLAS.
-Each is compared with float64 on a few rows before it is timed. The share is of a large product's TFLOP/s in this run.
+Each is compared with float64 on a few rows before it is timed; one that fails or is wrong gets a row that says so, and
+the exit status is 1. The share is of a large product's TFLOP/s in this run.
 Decoding is one row under each of DECODE; its TFLOP/s are the dense product's, of which it reads k + 1 of C rows.
-Writes kernels_<device>.{json,md}; a tile that wins goes to kansformer/kernels/triton_config.py with its figures.
+Writes kernels_<device>.{json,md}, anew after every layer; a tile that wins goes to kansformer/kernels/triton_config.py
+with its figures.
 
 `--device cpu` is for tests/test_benchmarks.py, which walks through all of it in Triton's interpreter; such times mean
 nothing.
@@ -14,6 +16,7 @@ nothing.
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,7 +77,7 @@ def main() -> None:
     env = environment(options.device, dtype=str(dtype).removeprefix("torch."), tokens=options.tokens)
     ceiling = env["matmul_tflops"] = matmul_ceiling(dtype) if cuda else None
     print(header(env), flush=True)
-    rows = []
+    rows: list[dict] = []
     for d in options.width:
         for block, C, k in LAYERS:
             h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
@@ -82,12 +85,21 @@ def main() -> None:
             layer = make(options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype)
             for kernel in KERNELS:
                 for row in measure(kernel, layer, options.rounds, options.device):
-                    row["share"] = row["tflops"] / ceiling if ceiling else None
+                    row["share"] = row["tflops"] / ceiling if ceiling and "tflops" in row else None
                     rows.append({"layer": f"{block} {h} -> {d}, C = {C}, k = {k}", "kernel": kernel} | row)
                     print(rows[-1], flush=True)
+            text = report(rows, env, options)
+    print(text)
+    sys.exit(any("failed" in row for row in rows))
+
+
+def report(rows: list[dict], env: dict, options: argparse.Namespace) -> str:
     columns = ["layer", "kernel", "variant", "ms", "against shipped", "TFLOP/s", "of the ceiling", "error"]
     cells = []
     for r in rows:
+        if "failed" in r:
+            cells.append([r["layer"], r["kernel"], r["variant"], "-", "-", "-", "-", r["failed"]])
+            continue
         share = "-" if r["share"] is None else f"{r['share']:.2f}"
         figures = [f"{r['ms']['median']:.3f}", f"{r['ratio']:.2f}x", f"{r['tflops']:.4g}", share, f"{r['error']:.1e}"]
         cells.append([r["layer"], r["kernel"], r["variant"], *figures])
@@ -95,7 +107,7 @@ def main() -> None:
     name = options.output / f"kernels_{options.device}"
     write(name.with_suffix(".md"), "# Kernels\n\n`python benchmarks/bench_kernels.py`\n\n" + text)
     write_json(name.with_suffix(".json"), {"environment": env, "rows": rows})
-    print(text)
+    return text
 
 
 def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype: torch.dtype) -> Layer:
@@ -126,20 +138,28 @@ def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
         variants[numbers or "shipped"] = lambda part, config=config: fused(kernel, part, config)
     variants["basis + cuBLAS"] = lambda part: alternative(kernel, part)
     expected = reference(kernel, layer.rows(32).double())
-    errors = {}
+    errors, failed = {}, {}
     for name, run in variants.items():
-        errors[name] = max(error(a, b) for a, b in zip(run(layer.rows(32)), expected))
-        if not errors[name] < WORST:
-            raise RuntimeError(f"{kernel}, {name}: off by {errors[name]:.2e} of its norm")
-    calls: dict[str, Callable] = {name: (lambda run=run: run(layer)) for name, run in variants.items()}
+        try:
+            off = max(error(a, b) for a, b in zip(run(layer.rows(32)), expected))
+        except Exception as fault:  # whatever a compiler or a device makes of a tile, the others are worth measuring
+            failed[name] = f"{type(fault).__name__}: {fault}".partition("\n")[0]
+            continue
+        if off < WORST:
+            errors[name] = off
+        else:
+            failed[name] = f"off by {off:.2e} of its norm"
+    if not errors:
+        return [{"variant": name, "failed": why} for name, why in failed.items()]
+    calls: dict[str, Callable] = {name: (lambda run=variants[name]: run(layer)) for name in errors}
     times = side_by_side(calls, rounds, device, launches=False)
-    shipped = next(iter(variants))
+    shipped = next(iter(errors))
     flops = 2 * M * O * I * (C + based)
     return [
         {"variant": name, "ms": summary(times[name]), "ratio": ratio(times[name], times[shipped])}
         | {"tflops": flops / summary(times[name])["median"] / 1e9, "error": errors[name]}
-        for name in variants
-    ]
+        for name in errors
+    ] + [{"variant": name, "failed": why} for name, why in failed.items()]
 
 
 def fused(kernel: str, layer: Layer, config: dict) -> list[Tensor]:

@@ -168,14 +168,15 @@ def test_bench_distill(tmp_path):
 
 def test_bench_kernels_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    program = "import interpreter, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = "import interpreter, bench_kernels as b; b.DECODE += ({'BLOCK': 8},); b.main()"  # one that must fail
     (tmp_path / "interpreted.py").write_text(program)
     small = ["--device", "cpu", "--tokens", "32", "--width", "16", "--rounds", "1", "--output", tmp_path]
     paths = os.pathsep.join(str(ROOT / name) for name in ("tests", "benchmarks", "."))
-    command = [tmp_path / "interpreted.py", ROOT / "benchmarks" / "bench_kernels.py", *small]
-    done = scripts.run(*command, TRITON_INTERPRET="1", PYTHONPATH=paths)
-    assert done.returncode == 0, done.stderr
+    done = scripts.run(tmp_path / "interpreted.py", *small, TRITON_INTERPRET="1", PYTHONPATH=paths)
+    assert done.returncode == 1, done.stderr
     rows = json.loads((tmp_path / "kernels_cpu.json").read_text())["rows"]
+    assert all("TypeError" in row["failed"] for row in rows if row["variant"] == "BLOCK 8")
+    rows = [row for row in rows if row["variant"] != "BLOCK 8"]
     assert {row["kernel"] for row in rows} == {"forward", "backward_x", "backward_w", "decode"}
     assert max(row["error"] for row in rows) < 1e-5
     assert {row["layer"] for row in rows if row["variant"] == "basis + cuBLAS"} == {row["layer"] for row in rows}
