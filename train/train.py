@@ -195,7 +195,7 @@ class Run:
             f"training and {self.val_batches.num_targets + 1:,} validation tokens, an epoch is "
             f"{self.batches.num_windows / settings.batch_size:.0f} steps\n"
             f"from step {self.step} to {settings.steps}"
-            + (f" ({self.resumed})" if self.resumed else "")
+            + f" ({self.resumed or (f'weights of {settings.model}' if Path(settings.model).is_dir() else 'new weights')})"
             + (f"; all of it warm-up, of {settings.warmup_steps}" if settings.warmup_steps >= settings.steps else "")
             + (f"; no grid update at {late}: that is the end or later" if late else "")
         )
