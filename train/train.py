@@ -187,6 +187,7 @@ class Run:
         """Say what runs, and open the books."""
         settings, accelerator = self.settings, self.accelerator
         late = [step for step in settings.grid_update_steps if step >= settings.steps]
+        origin = self.resumed or (f"weights of {settings.model}" if Path(settings.model).is_dir() else "new weights")
         accelerator.print(
             f"{self.world} process(es) ({accelerator.distributed_type.value}) on {self.device}, precision "
             f"{settings.precision}, batch {settings.batch_size} = {self.micro_batch} x {self.accumulation} accumulated "
@@ -194,8 +195,7 @@ class Run:
             f"{self.config.model_type}: {self.parameter_count:,} parameters; text: {self.batches.num_targets + 1:,} "
             f"training and {self.val_batches.num_targets + 1:,} validation tokens, an epoch is "
             f"{self.batches.num_windows / settings.batch_size:.0f} steps\n"
-            f"from step {self.step} to {settings.steps}"
-            + f" ({self.resumed or (f'weights of {settings.model}' if Path(settings.model).is_dir() else 'new weights')})"
+            f"from step {self.step} to {settings.steps} ({origin})"
             + (f"; all of it warm-up, of {settings.warmup_steps}" if settings.warmup_steps >= settings.steps else "")
             + (f"; no grid update at {late}: that is the end or later" if late else "")
         )
