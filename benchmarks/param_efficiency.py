@@ -18,10 +18,10 @@ One yaml declares the sweep:
 
 Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
-size by turns in one process (`--rounds 0` leaves that out): runs that share a machine say nothing about time. The step
-has the optimizer, precision and compilation of `train`, or with `--compiled` compilation in any case. `--keep` trains
-only what the table in the output folder lacks: losses of the same runs stay; with `--rounds 0` the times stay too. A
-cell names the commits at which its runs were trained.
+size by turns in one process: runs that share a machine say nothing about time. The step has the optimizer, precision
+and compilation of `train`, or with `--compiled` compilation in any case. `--rounds 0` times nothing: the times of the
+table in the output folder stay, if there is one. `--keep` trains only what that table lacks: losses of the same runs
+stay. A cell names the commits at which its runs were trained.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
@@ -96,8 +96,7 @@ def main() -> None:
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     ) | {"timed_steps": "compiled" if compiled else "eager"}
-    table = table_of(sweep, output) if options.keep else None
-    cells = trained_cells(sweep, table) if options.keep else {}
+    cells = trained_cells(sweep, table_of(sweep, output, "learning_rates", "seeds")) if options.keep else {}
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -105,13 +104,14 @@ def main() -> None:
         models[size, model] = phases(sweep, size, model)
         write(folder / "configs" / f"{size}_{model}.json", models[size, model][-1][1].to_json_string())
     times = None
-    if options.keep and options.rounds == 0:
+    if options.rounds == 0 and (options.keep or (output / "table.json").is_file()):
+        table = table_of(sweep, output)
         times = {(line["size"], line["model"]): line for line in table["step_ms"]}
         if untimed := [f"{model} {size}" for size, model in models if (size, model) not in times]:
             raise ValueError(f"the table has no times of {', '.join(untimed)}: give --rounds")
     cells = run_all(sweep, folder, options.workers, options.device, stamp(env), cells)
     if times is not None:
-        env = table["environment"]
+        env = table["environment"] | {"seeds": env["seeds"], "rates": env["rates"]}
     else:
         times = step_times(models, sweep["train"] | {"compile": compiled}, options.rounds, options.device)
     for key, cell in cells.items():
@@ -260,18 +260,18 @@ def stamp(env: dict) -> str:
     return f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
 
 
-def table_of(sweep: dict, output: Path) -> dict:
+def table_of(sweep: dict, output: Path, *keys: str) -> dict:
     """table.json in `output`.
 
     Raises:
-        FileNotFoundError, ValueError: if there is none, or its runs are not the sweep's.
+        FileNotFoundError, ValueError: if there is none, or it is of other runs: other settings, or other `keys`.
     """
     path = output / "table.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: without --keep the sweep is run")
     table = json.loads(path.read_text())
-    if any(table["sweep"][key] != sweep[key] for key in ("train", "reference", "learning_rates", "seeds")):
-        raise ValueError(f"{path} is of another sweep than the yaml now is: without --keep it is run")
+    if any(table["sweep"][key] != sweep[key] for key in ("train", "reference", *keys)):
+        raise ValueError(f"{path} is of another sweep than the yaml now is: without --keep and --rounds 0 it is run")
     return table
 
 

@@ -151,9 +151,18 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
     assert set(efficiency.trained_cells(changed, kept)) == {key for key in losses if key[1] != "kan_gated"}
     main("--rounds", "0", "--keep")
     assert json.loads((tmp_path / "out" / "table.json").read_text())["comparisons"] == kept["comparisons"]
+    (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "later")
+    (tmp_path / "runs" / "before" / "tiny").rename(tmp_path / "runs" / "tiny")
+    path.write_text(yaml.safe_dump(text | {"seeds": [0, 1]}))
+    main("--rounds", "0")
+    extended = json.loads((tmp_path / "out" / "table.json").read_text())
+    times = {(line["size"], line["model"]): line["median"] for line in kept["step_ms"]}
+    assert {len(cell["losses"]) for cell in extended["cells"]} == {2}
+    assert all(cell["seconds"] == 3e-3 * times[cell["size"], cell["model"]] for cell in extended["cells"])
+    (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "before" / "tiny")
     path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
     with pytest.raises(ValueError, match="of another sweep"):
-        efficiency.table_of(efficiency.read(path), tmp_path / "out")
+        efficiency.table_of(efficiency.read(path), tmp_path / "out", "seeds")
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
     with pytest.raises(ValueError, match="other settings: remove it"):
