@@ -490,7 +490,7 @@ def page(sweep: dict, result: dict) -> str:
     trained: dict[str, list] = {}
     for cell in result["cells"]:
         trained.setdefault(cell["trained"], []).append(f"{cell['model']} {cell['size']}")
-    if "--keep" in result["command"]:
+    if set(trained) != {stamp(result["environment"])}:
         made = "; ".join(f"those of {', '.join(names)} at {when}" for when, names in list(trained.items())[1:])
         parts.append(f"Losses were trained at {next(iter(trained))}{'; ' if made else ''}{made}. Steps are timed at:")
     parts += [header(result["environment"]), *tables(sweep, result)]
