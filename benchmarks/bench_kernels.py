@@ -5,7 +5,8 @@
 For the KAN layers of the blocks in benchmarks/bench_ffn.py: forward, dx and dW under each of `candidate_configs`, the
 shipped one first, and the alternative that writes Phi (M, I*C) to memory: splines by one compiled kernel, then cuBLAS.
 Each is compared with float64 on a few rows before it is timed; one that fails or is wrong gets a row that says so, and
-the exit status is 1. The share is of a large product's TFLOP/s in this run.
+the exit status is 1. Compiling takes most of the time: `--workers` processes do it ahead, the timed one finds it done.
+`--wide` tries every tile that fits. The share is of a large product's TFLOP/s in this run.
 Decoding is one row under each of DECODE; its TFLOP/s are the dense product's, of which it reads k + 1 of C rows.
 Writes kernels_<device>.{json,md}, anew after every layer; a tile that wins goes to kansformer/kernels/triton_config.py
 with its figures.
@@ -15,7 +16,11 @@ nothing.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
+import itertools
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +40,7 @@ KERNELS = ("forward", "backward_x", "backward_w", "decode")
 # The shipped sizes first; LEAST_SHARE is no argument.
 DECODE = ({}, {"BLOCK_I": 8}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "BLOCK_O": 128}, {"BLOCK_I": 32, "num_warps": 8})
 WORST = 0.02  # of the norm, in bfloat16
+TILES = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4))
 
 
 @dataclasses.dataclass
@@ -67,7 +73,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--layers", type=int, nargs="+", choices=range(len(LAYERS)), help="by their place in LAYERS")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--wide", action="store_true", help="every tile that fits, not only the candidates")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile and check; 0: this one does")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -78,19 +88,50 @@ def main() -> None:
     ceiling = env["matmul_tflops"] = matmul_ceiling(dtype) if cuda else None
     print(header(env), flush=True)
     rows: list[dict] = []
+    cases = []
     for d in options.width:
-        for block, C, k in LAYERS:
+        for which in options.layers or range(len(LAYERS)):
+            block, C, k = LAYERS[which]
             h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
-            torch.compiler.reset()  # of every layer's shapes their own kernels, as fast as they can be
-            layer = make(options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype)
-            for kernel in KERNELS:
-                for row in measure(kernel, layer, options.rounds, options.device):
-                    row["share"] = row["tflops"] / ceiling if ceiling and "tflops" in row else None
-                    rows.append({"layer": f"{block} {h} -> {d}, C = {C}, k = {k}", "kernel": kernel} | row)
-                    print(rows[-1], flush=True)
-            text = report(rows, env, options)
+            case = options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype
+            names = {kernel: list(variants(kernel, make(*case), options.wide)) for kernel in options.kernels}
+            cases.append((f"{block} {h} -> {d}, C = {C}, k = {k}", case, names))
+    with workers(options.workers) as pool:
+        jobs = [
+            pool.submit(check, case, kernel, name, options.wide)
+            for _, case, names in cases
+            for kernel, group in names.items()
+            for name in group
+        ]
+        found = {(case, kernel, name): result for case, kernel, name, result in (job.result() for job in jobs)}
+    for title, case, names in cases:
+        torch.compiler.reset()  # of every layer's shapes their own kernels, as fast as they can be
+        layer = make(*case)
+        for kernel, group in names.items():
+            errors = {name: found[case, kernel, name] for name in group}
+            for row in measure(kernel, layer, errors, options.rounds, options.device, options.wide):
+                row["share"] = row["tflops"] / ceiling if ceiling and "tflops" in row else None
+                rows.append({"layer": title, "kernel": kernel} | row)
+                print(rows[-1], flush=True)
+        text = report(rows, env, options)
     print(text)
-    sys.exit(any("failed" in row for row in rows))
+    sys.exit(any("failed" in row for row in rows) and not options.wide)
+
+
+class Here(concurrent.futures.Executor):
+    """Calls are made at once, in this process."""
+
+    def submit(self, function: Callable, /, *arguments: object) -> concurrent.futures.Future:
+        done: concurrent.futures.Future = concurrent.futures.Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def workers(count: int) -> concurrent.futures.Executor:
+    if count == 0:
+        return Here()
+    context = multiprocessing.get_context("spawn")  # a forked process has no CUDA
+    return concurrent.futures.ProcessPoolExecutor(count, mp_context=context)
 
 
 def report(rows: list[dict], env: dict, options: argparse.Namespace) -> str:
@@ -120,9 +161,8 @@ def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype
     return Layer(draw(M, I), gate, draw(I * C, O, scale=I**-0.5), grid, base, C - k, k, draw(M, O))
 
 
-def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
-    """A row for every configuration and for the alternative."""
-    layer = layer.rows(1) if kernel == "decode" else layer
+def variants(kernel: str, layer: Layer, wide: bool) -> dict[str, Callable[[Layer], list[Tensor]]]:
+    """Every configuration, the shipped one first, and the alternative."""
     M, I = layer.x.shape
     O, C = layer.weight.shape[1], layer.G + layer.k
     capability, _ = triton_kan._device_properties(layer.x.device.index)
@@ -131,35 +171,66 @@ def measure(kernel: str, layer: Layer, rounds: int, device: str) -> list[dict]:
     if kernel == "decode":
         configs = DECODE
     else:
-        configs = [dataclasses.asdict(c) for c in triton_config.candidate_configs(kernel, *sizes, order=layer.k)]
-    variants = {}
+        candidates = triton_config.candidate_configs(kernel, *sizes, order=layer.k)
+        configs = [dataclasses.asdict(c) for c in candidates]
+        configs += [c for c in wide_configs(kernel, C) if c not in configs] if wide else []
+    found = {}
     for config in configs:
         numbers = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
-        variants[numbers or "shipped"] = lambda part, config=config: fused(kernel, part, config)
-    variants["basis + cuBLAS"] = lambda part: alternative(kernel, part)
-    expected = reference(kernel, layer.rows(32).double())
-    errors, failed = {}, {}
-    for name, run in variants.items():
-        try:
-            off = max(error(a, b) for a, b in zip(run(layer.rows(32)), expected))
-        except Exception as fault:  # whatever a compiler or a device makes of a tile, the others are worth measuring
-            failed[name] = f"{type(fault).__name__}: {fault}".partition("\n")[0]
+        found[numbers or "shipped"] = functools.partial(fused, kernel, config=config)
+    return found | {"basis + cuBLAS": functools.partial(alternative, kernel)}
+
+
+def wide_configs(kernel: str, C: int) -> list[dict]:
+    """Tiles of 16-bit types whose accumulator leaves registers free and whose operands fit in 227 KiB."""
+    block_c = triton_config.function_block(C) if kernel == "backward_x" else 1
+    found = []
+    # Rows and columns of the accumulator, terms of its sum, warps.
+    for (m, n, warps), k, stages in itertools.product(TILES, (32, 64, 128), (2, 3, 4)):
+        if 2 * stages * k * (m + n) > 227 * 1024:
             continue
-        if off < WORST:
-            errors[name] = off
-        else:
-            failed[name] = f"off by {off:.2e} of its norm"
-    if not errors:
-        return [{"variant": name, "failed": why} for name, why in failed.items()]
-    calls: dict[str, Callable] = {name: (lambda run=variants[name]: run(layer)) for name in errors}
+        sides = {"forward": (m, k, n), "backward_x": (m, n // block_c, k), "backward_w": (k, m, n)}[kernel]
+        found.append(dataclasses.asdict(triton_config.Config(*sides, warps, stages, block_c)))
+    return found
+
+
+def check(case: tuple, kernel: str, name: str, wide: bool) -> tuple:
+    """(case, kernel, name, how far it is off, or why it failed). Whatever it needs is compiled afterwards."""
+    layer = _layer(*case)
+    layer = layer.rows(1) if kernel == "decode" else layer
+    run = variants(kernel, layer, wide)[name]
+    try:
+        few = layer.rows(32)
+        off = max(error(a, b) for a, b in zip(run(few), reference(kernel, few.double())))
+        if name == "basis + cuBLAS":
+            run(layer)  # compiled for these rows alone
+    except Exception as fault:  # whatever a compiler or a device makes of a tile, the others are worth measuring
+        return case, kernel, name, f"{type(fault).__name__}: {fault}".partition("\n")[0]
+    return case, kernel, name, off if off < WORST else f"off by {off:.2e} of its norm"
+
+
+def measure(kernel: str, layer: Layer, errors: dict, rounds: int, device: str, wide: bool) -> list[dict]:
+    """A row for every configuration and for the alternative; `errors` are the results of `check`."""
+    layer = layer.rows(1) if kernel == "decode" else layer
+    failed = [{"variant": name, "failed": why} for name, why in errors.items() if isinstance(why, str)]
+    runs = variants(kernel, layer, wide)
+    calls = {name: functools.partial(runs[name], layer) for name, off in errors.items() if not isinstance(off, str)}
+    if not calls:
+        return failed
     times = side_by_side(calls, rounds, device, launches=False)
-    shipped = next(iter(errors))
-    flops = 2 * M * O * I * (C + based)
+    shipped = next(iter(calls))
+    (M, I), O = layer.x.shape, layer.weight.shape[1]
+    flops = 2 * M * O * I * (layer.G + layer.k + (layer.base is not None))
     return [
         {"variant": name, "ms": summary(times[name]), "ratio": ratio(times[name], times[shipped])}
         | {"tflops": flops / summary(times[name])["median"] / 1e9, "error": errors[name]}
-        for name in errors
-    ] + [{"variant": name, "failed": why} for name, why in failed.items()]
+        for name in calls
+    ] + failed
+
+
+@functools.lru_cache(maxsize=1)
+def _layer(*case: object) -> Layer:
+    return make(*case)
 
 
 def fused(kernel: str, layer: Layer, config: dict) -> list[Tensor]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What of the tests runs on a GPU; kernels compiled ahead of time need none
-GPU_TESTS = ["-m", "pytest", "-q", "-m", "gpu and not exhaustive", "-k", "not compiles"]
+GPU_TESTS = ["-m", "pytest", "-q", "-m", "gpu and not exhaustive", "-k", "not compiles", "-W", "default"]
 GPU_TESTS += ["tests/test_kernels.py", "tests/test_models.py"]
 
 
