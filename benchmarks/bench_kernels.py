@@ -1,46 +1,41 @@
-"""The kernels one by one: every tile worth trying, and the plain alternative, against the matmul ceiling.
+"""A KAN layer on a GPU, piece by piece: what its splines cost beside its products, and the sizes that can be chosen.
 
     python benchmarks/bench_kernels.py                                  # cuda, bfloat16
 
-For the KAN layers of the blocks in benchmarks/bench_ffn.py: forward, dx and dW under each of `candidate_configs`, the
-shipped one first, and the alternative that writes Phi (M, I*C) to memory: splines by one compiled kernel, then cuBLAS.
-Each is compared with float64 on a few rows before it is timed; one that fails or is wrong gets a row that says so, and
-the exit status is 1. Compiling takes most of the time: `--workers` processes do it ahead, the timed one finds it done.
-`--wide` tries every tile that fits. The share is of a large product's TFLOP/s in this run.
-Decoding is one row under each of DECODE; its TFLOP/s are the dense product's, of which it reads k + 1 of C rows.
-Writes kernels_<device>.{json,md}, anew after every layer; a tile that wins goes to kansformer/kernels/triton_config.py
-with its figures.
+For the KAN layers of the blocks in benchmarks/bench_ffn.py. `phi` and `fold` are the kernels that write Phi and read
+dPhi: their bytes, each once, against a large copy. `product` is Phi @ W alone, `forward`, `dx` and `dW` are all of it,
+under several sizes of a chunk of Phi, the shipped one first: 2 M I C O FLOPs against a large product's. `decode` is one
+token, every call with other weights and inputs, since in a model they are not in cache either: its bytes are the rows
+that it needs; `dense` reads all by one product.
+Everything is compared with float64 on a few rows before it is timed; what is wrong gets a row that says so, and the
+exit status is 1. Writes kernels_<device>.{json,md}, anew after every layer.
 
 `--device cpu` is for tests/test_benchmarks.py, which walks through all of it in Triton's interpreter; such times mean
 nothing.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import functools
 import itertools
-import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from bench_ffn import matmul_ceiling
-from harness import RESULTS, environment, header, markdown, ratio, side_by_side, summary, write, write_json
+from harness import RESULTS, environment, header, markdown, side_by_side, summary, write, write_json
 from torch import Tensor
 
-from kansformer import splines
-from kansformer.kernels import torch_kan, triton_config, triton_decode, triton_kan
+from kansformer.kernels import torch_kan, triton_decode, triton_kan
 from kansformer.layers import match_intermediate_size
 
 # (block, C, k): its layer h -> d
-LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan", 8, 1), ("kan", 8, 3))
-KERNELS = ("forward", "backward_x", "backward_w", "decode")
-# The shipped sizes first; LEAST_SHARE is no argument.
-DECODE = ({}, {"BLOCK_I": 8}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "BLOCK_O": 128}, {"BLOCK_I": 32, "num_warps": 8})
+LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan_mix", 7, 1), ("kan", 8, 3))
+CHUNK_MIB = (512, 64, 128, 256, 1024)
+DECODE = ({}, {"BLOCK_I": 8}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "BLOCK_O": 128}, {"BLOCK_I": 8, "BLOCK_O": 128})
+COLD_BYTES = 400e6  # of weights in turn: several times any cache
 WORST = 0.02  # of the norm, in bfloat16
-TILES = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4))
 
 
 @dataclasses.dataclass
@@ -73,11 +68,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument("--layers", type=int, nargs="+", choices=range(len(LAYERS)), help="by their place in LAYERS")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--wide", action="store_true", help="every tile that fits, not only the candidates")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--workers", type=int, default=0, help="processes that compile and check; 0: this one does")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -85,70 +76,161 @@ def main() -> None:
     cuda = options.device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     env = environment(options.device, dtype=str(dtype).removeprefix("torch."), tokens=options.tokens)
-    ceiling = env["matmul_tflops"] = matmul_ceiling(dtype) if cuda else None
+    env["matmul_tflops"] = matmul_ceiling(dtype) if cuda else None
+    env["copy_gb_per_s"] = copy_ceiling(dtype) if cuda else None
     print(header(env), flush=True)
     rows: list[dict] = []
-    cases = []
-    for d in options.width:
-        for which in options.layers or range(len(LAYERS)):
-            block, C, k = LAYERS[which]
-            h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
-            case = options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype
-            names = {kernel: list(variants(kernel, make(*case), options.wide)) for kernel in options.kernels}
-            cases.append((f"{block} {h} -> {d}, C = {C}, k = {k}", case, names))
-    with workers(options.workers) as pool:
-        jobs = [
-            pool.submit(check, case, kernel, name, options.wide)
-            for _, case, names in cases
-            for kernel, group in names.items()
-            for name in group
-        ]
-        found = {(case, kernel, name): result for case, kernel, name, result in (job.result() for job in jobs)}
-    for title, case, names in cases:
-        torch.compiler.reset()  # of every layer's shapes their own kernels, as fast as they can be
-        layer = make(*case)
-        for kernel, group in names.items():
-            errors = {name: found[case, kernel, name] for name in group}
-            for row in measure(kernel, layer, errors, options.rounds, options.device, options.wide):
-                row["share"] = row["tflops"] / ceiling if ceiling and "tflops" in row else None
-                rows.append({"layer": title, "kernel": kernel} | row)
-                print(rows[-1], flush=True)
+    for d, (block, C, k) in itertools.product(options.width, LAYERS):
+        h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
+        layer = make(options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype)
+        title = f"{block} {h} -> {d}, C = {C}, k = {k}"
+        for group in (training(layer), decoding(layer, cuda)):
+            rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
         text = report(rows, env, options)
     print(text)
-    sys.exit(any("failed" in row for row in rows) and not options.wide)
+    sys.exit(any("failed" in row for row in rows))
 
 
-class Here(concurrent.futures.Executor):
-    """Calls are made at once, in this process."""
+@dataclasses.dataclass
+class Piece:
+    """Something to time."""
 
-    def submit(self, function: Callable, /, *arguments: object) -> concurrent.futures.Future:
-        done: concurrent.futures.Future = concurrent.futures.Future()
-        done.set_result(function(*arguments))
-        return done
+    name: str
+    run: Callable[[], object]
+    amount: float  # FLOPs or bytes
+    unit: str  # TFLOP/s or GB/s
+    error: Callable[[], float]
 
 
-def workers(count: int) -> concurrent.futures.Executor:
-    if count == 0:
-        return Here()
-    context = multiprocessing.get_context("spawn")  # a forked process has no CUDA
-    return concurrent.futures.ProcessPoolExecutor(count, mp_context=context)
+def training(layer: Layer) -> list[Piece]:
+    x, gate, weight, grid, base, G, k, act = layer.arguments
+    (M, I), (terms, O) = x.shape, weight.shape
+    flops, size = 2 * M * O * (terms + (0 if base is None else I)), weight.element_size()
+    inputs = x.nbytes * (1 if gate is None else 2)
+    few = layer.rows(32)
+    exact = few.double()
+    settings = few.grid, G, k
+    phi = triton_kan.phi(x, gate, grid, G, k, weight.dtype)
+    dinput = None if base is None else layer.dy @ base
+    dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
+
+    def phi_error() -> float:
+        identity = torch.eye(terms, dtype=torch.float64, device=x.device)[:, :512]
+        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype)[:, :512]
+        arguments = exact.x, exact.gate, identity, exact.grid, None, G, k, act
+        return error(found, torch_kan.forward(*arguments))
+
+    def gradients(needs: tuple[bool, bool, bool, bool]) -> Callable[[], float]:
+        def worst() -> float:
+            found, expected = (
+                kernels.backward(part.dy, *part.arguments, needs)
+                for kernels, part in ((triton_kan, few), (torch_kan, exact))
+            )
+            return max(error(a, b) for a, b in zip(found, expected) if b is not None)
+
+        return worst
+
+    inward, outward = (True, gate is not None, False, False), (False, False, True, base is not None)
+    forward_error = lambda: error(triton_kan.forward(*few.arguments), torch_kan.forward(*exact.arguments))  # noqa: E731
+    fold = lambda: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act)  # noqa: E731
+    extra = 0 if base is None else dinput.nbytes
+    pieces = [
+        Piece("phi", lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype), inputs + phi.nbytes, "GB/s", phi_error),
+        Piece("fold", fold, 2 * inputs + phi.nbytes + extra, "GB/s", gradients(inward)),
+        Piece("product", lambda: phi @ weight, 2 * M * O * terms, "TFLOP/s", lambda: 0.0),
+    ]
+    for mib in CHUNK_MIB:
+        note = f", chunks of {mib} MiB" if mib != CHUNK_MIB[0] else ""
+        if note and M * terms * size <= mib * 2**20:
+            continue
+        runs = {
+            "forward": (lambda: triton_kan.forward(*layer.arguments), forward_error),
+            "dx": (lambda: triton_kan.backward(layer.dy, *layer.arguments, inward), gradients(inward)),
+            "dW": (lambda: triton_kan.backward(layer.dy, *layer.arguments, outward), gradients(outward)),
+        }
+        for name, (run, off) in runs.items():
+            pieces.append(Piece(name + note, chunked(run, mib), flops, "TFLOP/s", off))
+    return pieces
+
+
+def chunked(run: Callable[[], object], mib: int) -> Callable[[], object]:
+    def call() -> None:
+        with mock.patch.object(triton_kan, "CHUNK_BYTES", mib * 2**20):
+            run()
+
+    return call
+
+
+def decoding(layer: Layer, cold: bool) -> list[Piece]:
+    layer = layer.rows(1)
+    live = layer.weight.nbytes * (layer.k + 1) / (layer.G + layer.k) + (0 if layer.base is None else layer.base.nbytes)
+    dense = layer.weight.nbytes + (0 if layer.base is None else layer.base.nbytes)
+    copies = [dataclasses.replace(layer, x=torch.randn_like(layer.x), weight=layer.weight.clone()) for _ in range(
+        int(COLD_BYTES / layer.weight.nbytes) + 1 if cold else 1
+    )]  # fmt: skip
+    expected = torch_kan.forward(*layer.double().arguments)
+    _, sms = triton_kan._device_properties(layer.x.device.index)
+
+    def live_rows(sizes: dict) -> Callable[[Layer], Tensor]:
+        return lambda one: triton_decode.decode(*one.arguments, **sizes, sms=sms)
+
+    def all_rows(one: Layer) -> Tensor:
+        with mock.patch.object(triton_kan, "use_decode", return_value=False):
+            return triton_kan.forward(*one.arguments)
+
+    def piece(name: str, run: Callable[[Layer], Tensor], amount: float) -> Piece:
+        turns = itertools.cycle(copies)
+        return Piece(name, lambda: run(next(turns)), amount, "GB/s", lambda: error(run(layer), expected))
+
+    named = {", ".join(f"{name} {value}" for name, value in sizes.items()): sizes for sizes in DECODE}
+    found = [piece(f"decode {name}".strip(), live_rows(sizes), live) for name, sizes in named.items()]
+    return [*found, piece("dense, one token", all_rows, dense)]
+
+
+def measure(pieces: list[Piece], rounds: int, device: str) -> Iterator[dict]:
+    calls, errors = {}, {}
+    for piece in pieces:
+        try:
+            errors[piece.name] = piece.error()
+        except Exception as fault:  # whatever a compiler or a device makes of one, the others are worth measuring
+            yield {"piece": piece.name, "failed": f"{type(fault).__name__}: {fault}".partition("\n")[0]}
+            continue
+        if errors[piece.name] < WORST:
+            calls[piece.name] = piece.run
+        else:
+            yield {"piece": piece.name, "failed": f"off by {errors[piece.name]:.2e} of its norm"}
+    times = side_by_side(calls, rounds, device, launches=False)
+    for piece in pieces:
+        if piece.name in calls:
+            ms = summary(times[piece.name])
+            rate = piece.amount / ms["median"] / (1e9 if piece.unit == "TFLOP/s" else 1e6)
+            yield {"piece": piece.name, "ms": ms, "rate": rate, "unit": piece.unit, "error": errors[piece.name]}
 
 
 def report(rows: list[dict], env: dict, options: argparse.Namespace) -> str:
-    columns = ["layer", "kernel", "variant", "ms", "against shipped", "TFLOP/s", "of the ceiling", "error"]
+    columns = ["layer", "piece", "ms", "20-80%", "rate", "of the ceiling", "error"]
+    ceilings = {"TFLOP/s": env["matmul_tflops"], "GB/s": env["copy_gb_per_s"]}
     cells = []
     for r in rows:
         if "failed" in r:
-            cells.append([r["layer"], r["kernel"], r["variant"], "-", "-", "-", "-", r["failed"]])
+            cells.append([r["layer"], r["piece"], "-", "-", "-", "-", r["failed"]])
             continue
-        share = "-" if r["share"] is None else f"{r['share']:.2f}"
-        figures = [f"{r['ms']['median']:.3f}", f"{r['ratio']:.2f}x", f"{r['tflops']:.4g}", share, f"{r['error']:.1e}"]
-        cells.append([r["layer"], r["kernel"], r["variant"], *figures])
+        ceiling, ms = ceilings[r["unit"]], r["ms"]
+        share = f"{r['rate'] / ceiling:.2f}" if ceiling else "-"
+        times = [f"{ms['median']:.4f}", f"{ms['q20']:.4f}-{ms['q80']:.4f}"]
+        cells.append([r["layer"], r["piece"], *times, f"{r['rate']:.4g} {r['unit']}", share, f"{r['error']:.1e}"])
     text = f"{header(env)}\n\n{markdown(columns, cells)}\n"
     name = options.output / f"kernels_{options.device}"
     write(name.with_suffix(".md"), "# Kernels\n\n`python benchmarks/bench_kernels.py`\n\n" + text)
     write_json(name.with_suffix(".json"), {"environment": env, "rows": rows})
     return text
+
+
+def copy_ceiling(dtype: torch.dtype, size: int = 2**30) -> float:
+    """GB/s of a large copy, bytes read and written."""
+    a = torch.randn(size // dtype.itemsize, device="cuda").to(dtype)
+    b = torch.empty_like(a)
+    return 2 * size / summary(side_by_side({"": lambda: b.copy_(a)}, 20, "cuda", launches=False)[""])["median"] / 1e6
 
 
 def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype: torch.dtype) -> Layer:
@@ -161,150 +243,8 @@ def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype
     return Layer(draw(M, I), gate, draw(I * C, O, scale=I**-0.5), grid, base, C - k, k, draw(M, O))
 
 
-def variants(kernel: str, layer: Layer, wide: bool) -> dict[str, Callable[[Layer], list[Tensor]]]:
-    """Every configuration, the shipped one first, and the alternative."""
-    M, I = layer.x.shape
-    O, C = layer.weight.shape[1], layer.G + layer.k
-    capability, _ = triton_kan._device_properties(layer.x.device.index)
-    gated, based = layer.gate is not None, layer.base is not None
-    sizes = M, I, O, C, layer.weight.dtype, gated, based, capability
-    if kernel == "decode":
-        configs = DECODE
-    else:
-        candidates = triton_config.candidate_configs(kernel, *sizes, order=layer.k)
-        configs = [dataclasses.asdict(c) for c in candidates]
-        configs += [c for c in wide_configs(kernel, C) if c not in configs] if wide else []
-    found = {}
-    for config in configs:
-        numbers = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
-        found[numbers or "shipped"] = functools.partial(fused, kernel, config=config)
-    return found | {"basis + cuBLAS": functools.partial(alternative, kernel)}
-
-
-def wide_configs(kernel: str, C: int) -> list[dict]:
-    """Tiles of 16-bit types whose accumulator leaves registers free and whose operands fit in 227 KiB."""
-    block_c = triton_config.function_block(C) if kernel == "backward_x" else 1
-    found = []
-    # Rows and columns of the accumulator, terms of its sum, warps.
-    for (m, n, warps), k, stages in itertools.product(TILES, (32, 64, 128), (2, 3, 4)):
-        if 2 * stages * k * (m + n) > 227 * 1024:
-            continue
-        sides = {"forward": (m, k, n), "backward_x": (m, n // block_c, k), "backward_w": (k, m, n)}[kernel]
-        found.append(dataclasses.asdict(triton_config.Config(*sides, warps, stages, block_c)))
-    return found
-
-
-def check(case: tuple, kernel: str, name: str, wide: bool) -> tuple:
-    """(case, kernel, name, how far it is off, or why it failed). Whatever it needs is compiled afterwards."""
-    layer = _layer(*case)
-    layer = layer.rows(1) if kernel == "decode" else layer
-    run = variants(kernel, layer, wide)[name]
-    try:
-        few = layer.rows(32)
-        off = max(error(a, b) for a, b in zip(run(few), reference(kernel, few.double())))
-        if name == "basis + cuBLAS":
-            run(layer)  # compiled for these rows alone
-    except Exception as fault:  # whatever a compiler or a device makes of a tile, the others are worth measuring
-        return case, kernel, name, f"{type(fault).__name__}: {fault}".partition("\n")[0]
-    return case, kernel, name, off if off < WORST else f"off by {off:.2e} of its norm"
-
-
-def measure(kernel: str, layer: Layer, errors: dict, rounds: int, device: str, wide: bool) -> list[dict]:
-    """A row for every configuration and for the alternative; `errors` are the results of `check`."""
-    layer = layer.rows(1) if kernel == "decode" else layer
-    failed = [{"variant": name, "failed": why} for name, why in errors.items() if isinstance(why, str)]
-    runs = variants(kernel, layer, wide)
-    calls = {name: functools.partial(runs[name], layer) for name, off in errors.items() if not isinstance(off, str)}
-    if not calls:
-        return failed
-    times = side_by_side(calls, rounds, device, launches=False)
-    shipped = next(iter(calls))
-    (M, I), O = layer.x.shape, layer.weight.shape[1]
-    flops = 2 * M * O * I * (layer.G + layer.k + (layer.base is not None))
-    return [
-        {"variant": name, "ms": summary(times[name]), "ratio": ratio(times[name], times[shipped])}
-        | {"tflops": flops / summary(times[name])["median"] / 1e9, "error": errors[name]}
-        for name in calls
-    ] + failed
-
-
-@functools.lru_cache(maxsize=1)
-def _layer(*case: object) -> Layer:
-    return make(*case)
-
-
-def fused(kernel: str, layer: Layer, config: dict) -> list[Tensor]:
-    if kernel == "decode":
-        _, sms = triton_kan._device_properties(layer.x.device.index)
-        return [triton_decode.decode(*layer.arguments, **config, sms=sms)]
-    config = triton_config.Config(**config)
-    if kernel == "forward":
-        found = [triton_kan.forward(*layer.arguments, config=config)]
-    elif kernel == "backward_x":
-        found = triton_kan.backward_x(layer.dy, *layer.arguments, config=config)
-    else:
-        needs = True, layer.base is not None
-        found = triton_kan.backward_w(layer.dy, *layer.arguments, *needs, config=config)
-    return [tensor for tensor in found if tensor is not None]
-
-
-def reference(kernel: str, layer: Layer) -> list[Tensor]:
-    if kernel in ("forward", "decode"):
-        return [torch_kan.forward(*layer.arguments)]
-    inputs = kernel == "backward_x"
-    needs = inputs, inputs and layer.gate is not None, not inputs, not inputs and layer.base is not None
-    return [tensor for tensor in torch_kan.backward(layer.dy, *layer.arguments, needs) if tensor is not None]
-
-
 def error(result: Tensor, expected: Tensor) -> float:
     return ((result.double() - expected).norm() / expected.norm()).item()
-
-
-def compiled(function: Callable) -> Callable:
-    """One fused kernel on a GPU; as it is elsewhere."""
-    return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
-
-
-@compiled
-def _phi(x: Tensor, gate: Tensor | None, grid: Tensor, G: int, k: int, dtype: torch.dtype) -> Tensor:
-    phi = splines.basis(x, grid, G, k)
-    return (phi if gate is None else phi * gate.unsqueeze(-1)).to(dtype).flatten(1)
-
-
-@compiled
-def _base(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    a = torch_kan.activation(x, "silu")
-    return (a if gate is None else a * gate).to(dtype)
-
-
-@compiled
-def _gradients(
-    dphi: Tensor, dbase: Tensor | None, x: Tensor, gate: Tensor | None, grid: Tensor, G: int, k: int
-) -> tuple[Tensor, Tensor | None]:
-    dphi = dphi.unflatten(1, (-1, G + k)).float()
-    dx = (dphi * splines.basis(x, grid, G, k, derivative=True)).sum(-1)
-    dgate = None if gate is None else (dphi * splines.basis(x, grid, G, k)).sum(-1)
-    if dbase is not None:
-        p = torch.sigmoid(x.float())
-        dx = dx + dbase * (p * (1 + x * (1 - p)))
-        dgate = None if gate is None else dgate + dbase * torch_kan.activation(x, "silu")
-    dx = dx if gate is None else dx * gate
-    return dx.to(x.dtype), None if dgate is None else dgate.to(x.dtype)
-
-
-def alternative(kernel: str, layer: Layer) -> list[Tensor]:
-    """Phi or dPhi in memory, products by cuBLAS."""
-    x, gate, weight, grid, base, G, k, _ = layer.arguments
-    if kernel == "backward_x":
-        dbase = None if base is None else layer.dy @ base
-        found = _gradients(layer.dy @ weight.mT, dbase, x, gate, grid, G, k)
-        return [tensor for tensor in found if tensor is not None]
-    phi = _phi(x, gate, grid, G, k, weight.dtype)
-    if kernel in ("forward", "decode"):
-        y = phi @ weight
-        return [y if base is None else y.addmm_(_base(x, gate, weight.dtype), base.mT)]
-    found = [phi.mT @ layer.dy]
-    return found if base is None else [*found, layer.dy.mT @ _base(x, gate, weight.dtype)]
 
 
 if __name__ == "__main__":

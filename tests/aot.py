@@ -59,9 +59,7 @@ class Resources:
     registers: int
     stack: int  # bytes of local memory a thread, where spilled registers go
     shared: int  # bytes
-    wgmma: int  # in the PTX
-    serialized: bool  # every wgmma waits for the one before, so nothing runs under it
-    loops: list[tuple[int, int]]  # instructions of each loop with wgmma, and of its longest branch
+    instructions: int
 
     @staticmethod
     def read(name: str, compiled) -> "Resources":
@@ -70,42 +68,14 @@ class Resources:
             cubin.flush()
             usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
             registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-            products = compiled.asm["ptx"].count("wgmma.mma_async")
-            # Half a second a kernel, so only where there is something to read: without a stack nothing is stored there.
-            sass = _run("nvdisasm", "-c", cubin.name) if int(stack) or products else ""
+            sass = _run("nvdisasm", "-c", cubin.name)
         return Resources(
             kernel=name,
             registers=int(registers),
             stack=int(stack) + sass.count("STL"),
             shared=compiled.metadata.shared,
-            wgmma=products,
-            serialized=_serialized(sass),
-            loops=_loops(sass),
+            instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
         )
-
-
-def _serialized(sass: str) -> bool:
-    """Whether ptxas put a full wait after every group of wgmma (its warning C7512)."""
-    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", sass)
-    return bool(waits) and set(waits) == {"0x0"} and len(waits) >= sass.count("HGMMA")
-
-
-def _loops(sass: str) -> list[tuple[int, int]]:
-    lines = [line.strip() for line in sass.splitlines()]
-    lines = [line for line in lines if line.startswith(".L") or re.match(r"/\*[0-9a-f]{4,}\*/", line)]
-    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L")}
-    jumps = [
-        (at, labels[found[1]]) for at, line in enumerate(lines) if (found := re.search(r"BRA.*`\((\.L\w+)\)", line))
-    ]
-    count = lambda begin, end: sum(not line.startswith(".L") for line in lines[begin:end])  # noqa: E731
-    return [
-        (
-            count(begin, end + 1),
-            max((count(at + 1, to) for at, to in jumps if begin < at < to <= end), default=0),
-        )
-        for end, begin in jumps
-        if begin < end and any("HGMMA" in line for line in lines[begin:end])
-    ]
 
 
 def _run(tool: str, *args: str) -> str:
@@ -134,7 +104,6 @@ def launches(case: "Case", capability: int) -> list[Launch]:
     C = case.grid_size + case.spline_order
     dtype = getattr(torch, case.dtype)
     triton_kan._device_properties = lambda index: (capability, 132)
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     settings = (case.grid_size, case.spline_order, "silu")
     weight = torch.empty(INPUTS * C, OUTPUTS, dtype=dtype, device="meta")
     base = torch.empty(OUTPUTS, INPUTS, dtype=dtype, device="meta") if case.base else None
@@ -165,7 +134,6 @@ class Case:
     gate: bool
     base: bool
     rows: tuple[int, ...] = (1, 16, 4096)
-    tf32: bool = False
     x: str | None = None  # its dtype where it is another one: float32 behind a norm under autocast
 
 

@@ -34,7 +34,7 @@ def forward(
 ) -> Tensor:
     """x (M, I), gate (M, I) or None, spline_weight (I*C, O), grid (I, 2) or (2,), base_weight (O, I): y (M, O)."""
     dtype = spline_weight.dtype
-    y = None if base_weight is None else F.linear(_base_input(x, gate, base_activation, dtype), base_weight)
+    y = None if base_weight is None else F.linear(base_input(x, gate, base_activation, dtype), base_weight)
     if use_decode(x.shape[0], grid_size + spline_order, spline_order, x.device.type):
         splines_alone = _decode(x, gate, spline_weight, grid, grid_size, spline_order)
         return splines_alone if y is None else y.add_(splines_alone)
@@ -76,7 +76,7 @@ def decode_int8(
         for some, of in zip(weights.split(INT8_ROWS), live.split(INT8_ROWS)):
             row.addmv_(quantized[of].to(y.dtype).mT, some)
     y = y.to(scale.dtype)
-    return y if base_weight is None else y.add_(F.linear(_base_input(x, gate, base_activation, y.dtype), base_weight))
+    return y if base_weight is None else y.add_(F.linear(base_input(x, gate, base_activation, y.dtype), base_weight))
 
 
 def backward(
@@ -110,7 +110,7 @@ def backward(
             _scatter(columns, values, gate_rows, buffer)
             _add_product(dspline, buffer.mT, dy_rows)
         if need_base:
-            _add_product(dbase, dy_rows.mT, _base_input(x_rows, gate_rows, base_activation, dtype))
+            _add_product(dbase, dy_rows.mT, base_input(x_rows, gate_rows, base_activation, dtype))
         if not (need_x or need_gate):
             continue
         dphi = torch.mm(dy_rows, spline_weight.mT, out=buffer)
@@ -165,7 +165,7 @@ def _activation_backward(dy: Tensor, x: Tensor, name: str) -> Tensor:
     return dy
 
 
-def _base_input(x: Tensor, gate: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
+def base_input(x: Tensor, gate: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
     """act(x) * gate in x's own dtype, exactly as SwiGLU computes it, then cast to the weights' dtype."""
     a = activation(x, name)
     return (a if gate is None else a * gate).to(dtype)

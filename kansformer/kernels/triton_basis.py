@@ -46,6 +46,12 @@ def divide(a, b):
 
 
 @triton.jit
+def first_live(t, GRID_SIZE: tl.constexpr):
+    """The first of the k + 1 functions that are not zero at t = (x - lo)/h; beyond the grid the outermost ones."""
+    return tl.floor(tl.minimum(tl.maximum(tl.where(t == t, t, 0.0), 0.0), GRID_SIZE - 1.0))
+
+
+@triton.jit
 def spline(s, ORDER: tl.constexpr):
     """M_k(s)."""
     r = tl.abs(s)

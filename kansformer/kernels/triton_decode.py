@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import activation, grid_scale, spline
+from kansformer.kernels.triton_basis import activation, first_live, grid_scale, spline
 
 # A share of I per program is at least this long: one partial sum written and read (8 bytes, in L2) per 2 * (k + 1) * 16
 # bytes of 16-bit weights read. With 32, a layer 1376 -> 1024 has 172 programs for 132 multiprocessors, with 16, 344.
@@ -61,7 +61,7 @@ def _kan_decode_kernel(
             gate = tl.load(gate_ptr + m * stride_gm + i * stride_gi, mask=in_i, other=0.0).to(tl.float32)
         lo, inverse_width = grid_scale(grid_ptr, i, stride_grid, I, GRID_SIZE)
         t = (x - lo) * inverse_width
-        first = tl.floor(tl.minimum(tl.maximum(tl.where(t == t, t, 0.0), 0.0), GRID_SIZE - 1.0))
+        first = first_live(t, GRID_SIZE)
         row = i * C + first.to(tl.int64)
         rows_ptr = w_ptr + (row * O)[:, None]
         s = t - first - (1 - ORDER) / 2

@@ -1,39 +1,24 @@
-"""The KAN layer in Triton: forward, gradient of the inputs, gradient of the weights.
+"""The KAN layer on a GPU: splines by Triton, matrix products by the library torch calls for them.
 
     y[m, o] = sum_i gate[m, i] * ( base[o, i] * act(x[m, i]) + sum_c W[i*C + c, o] * B_c(x[m, i]) )
 
-Letters: M rows (tokens), I in, O out, C = G + k functions an edge, BLOCK_M, BLOCK_I, BLOCK_O, BLOCK_C tile sides.
-With Phi[m, (i, c)] = gate * B_c(x) this is the matrix product Phi @ W, and its gradients are two more:
+Letters: M rows (tokens), I in, O out, C = G + k functions an edge. With Phi[m, i*C + c] = gate * B_c(x) this is the
+matrix product Phi @ W, and its gradients are two more:
 
     dPhi = dy @ W^T            dW = Phi^T @ dy
-    dx[m, i]    = gate * sum_c B_c'(x) dPhi[m, (i, c)]  (+ gate * act'(x) (dy @ base)[m, i])
-    dgate[m, i] =        sum_c B_c(x)  dPhi[m, (i, c)]  (+        act(x)  (dy @ base)[m, i])
+    dx[m, i]    = gate * sum_c B_c'(x) dPhi[m, i*C + c]  (+ gate * act'(x) (dy @ base)[m, i])
+    dgate[m, i] =        sum_c B_c(x)  dPhi[m, i*C + c]  (+        act(x)  (dy @ base)[m, i])
 
-2 M I C O FLOPs each, what a linear layer of as many parameters costs, if neither Phi nor dPhi (M*I*C numbers) is ever
-written to memory:
+2 M I C O FLOPs each, what a linear layer of as many parameters costs. One kernel writes Phi, one folds dPhi into dx and
+dgate; both move every element once and are bound by that: against the products 3 to 6 bytes per 2 O FLOPs. Phi and dPhi
+live for one product, a chunk of at most CHUNK_BYTES at a time, and are never saved: forward and dx go by chunks of
+rows, dW by chunks of inputs, so that no chunk is added to another and runs are bit-equal.
 
-forward  A program owns (BLOCK_M, BLOCK_O) of y. It holds a tile of t = (x - lo)/h in registers while c runs over the
-         C functions: B_c(t) is computed, rounded, brought into the layout of the tensor core's left operand through
-         shared memory (the compiler's choice) and multiplied with W[i*C + c, :], at fixed c a plain 2-D tile of row
-         stride C*O. Phi is evaluated once per block of O, so BLOCK_O must be wide: on sm_90 a step issues 9 (k = 1) to
-         17 (k = 3) instructions an element of Phi, 5 more with a gate, under 2 BLOCK_O FLOPs of tensor core, and the
-         two take about as long. One loop runs over (block of I, c), so that the pipeline never drains; c stays a
-         run-time variable (unrolled, every weight tile would be a stage of its own). The base term is one more
-         function, in a loop of its own.
-dx       The product runs over O alone, with both operands straight from shared memory as in any matrix product; the
-         columns of the tile are (c, i) for BLOCK_C functions of BLOCK_I features. B_c'(x) enters in the epilogue,
-         once per element of dPhi, and with i the faster index the sum over c stays within a thread. The
-         alternative, one c at a time with a (BLOCK_M, BLOCK_I) product each, needs a second accumulator as large as
-         the first, so tiles half as wide: 64 instead of 48 bytes a clock and SM for operands at the full bf16 rate.
-dW       A program owns the (BLOCK_I, BLOCK_O) gradient of one function c and runs over tokens; Phi^T is computed in
-         registers and changes its layout like Phi in forward. c = C is the base weight. Programs of one x and dy tile
-         are neighbours.
+Evaluating splines inside a matrix kernel, so that Phi never exists, was built first and measured on an H200: 380
+TFLOP/s in forward and 350 in dW where this reaches 570 to 720 with all passes counted (benchmarks/results/LOG.md).
 
-Programs never add into each other's memory: where too few tiles would fill the chip the reduction is split, partial
-sums are written in float32 and added in a fixed order by a second kernel. Runs are bit-equal.
-
-Accumulation is float32, products are in the weights' dtype (float32: tf32 or exact, as
-`torch.backends.cuda.matmul` says), splines are float32 throughout.
+Splines are float32 throughout, Phi and the products in the weights' dtype with float32 accumulation (float32: tf32 or
+exact, as `torch.backends.cuda.matmul` says).
 """
 
 import functools
@@ -43,240 +28,126 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kansformer.kernels import torch_kan
 from kansformer.kernels.triton_basis import (
     activation,
     activation_derivative,
+    first_live,
     grid_scale,
     spline,
     spline_derivative,
-    tile_ids,
 )
-from kansformer.kernels.triton_config import Config, choose, split_count
-from kansformer.kernels.triton_decode import decode, sum_partials, use_decode
+from kansformer.kernels.triton_decode import decode, use_decode
 
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@triton.jit(do_not_specialize=["M", "BLOCKS_SPLIT"])
-def _kan_fwd_kernel(
-    y_ptr, partial_ptr, x_ptr, gate_ptr, w_ptr, base_ptr, grid_ptr,
-    M, I, O, BLOCKS_SPLIT, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    C: tl.constexpr = GRID_SIZE + ORDER
-    pid_m, pid_o = tile_ids(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O), GROUP)
-    first_m = (pid_m * BLOCK_M).to(tl.int64)
-    first_o = (pid_o * BLOCK_O).to(tl.int64)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_i = tl.arange(0, BLOCK_I)
-    offs_o = tl.arange(0, BLOCK_O)
-    in_m = (offs_m < M - pid_m * BLOCK_M)[:, None]
-    in_o = (offs_o < O - pid_o * BLOCK_O)[None, :]
-    # This program's share of I, as if there were no other: features 0 .. share - 1.
-    first_i = tl.program_id(1) * BLOCKS_SPLIT * BLOCK_I
-    share = tl.minimum(I - first_i, BLOCKS_SPLIT * BLOCK_I)
-    x_ptr += first_m * stride_xm + tl.cast(first_i, tl.int64) * stride_xi
-    gate_ptr += first_m * stride_gm + tl.cast(first_i, tl.int64) * stride_gi
-    w_ptr += tl.cast(first_i, tl.int64) * C * O + first_o
-    base_ptr += first_o * I + first_i
-    grid_ptr += first_i * stride_grid
-    x_offs = offs_m[:, None] * stride_xm + offs_i[None, :] * stride_xi
-    gate_offs = offs_m[:, None] * stride_gm + offs_i[None, :] * stride_gi
-    w_offs = offs_i[:, None] * (C * O) + offs_o[None, :]
-    base_offs = offs_o[None, :] * I + offs_i[:, None]
-
-    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-    t = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_I), gate_ptr.dtype.element_ty)
-    for step in range(tl.cdiv(share, BLOCK_I) * C):
-        c = step % C
-        i0 = step // C * BLOCK_I
-        in_i = i0 + offs_i < share
-        # Masked off but for c = 0, and outside the branch: so the pipeline carries them, and they cost no bandwidth. Of
-        # the grid every thread would copy its own features into it, 16 words a step: it is loaded where it is used.
-        fresh = in_i & (tl.zeros((BLOCK_I,), tl.int32) == c)
-        in_x = in_m & fresh[None, :]
-        x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi + x_offs, mask=in_x, other=0.0)
-        if HAS_GATE:
-            fresh_gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi + gate_offs, mask=in_x, other=0.0)
-        if c == 0:
-            lo, inverse_width = grid_scale(grid_ptr, i0 + offs_i, stride_grid, share, GRID_SIZE)
-            t = (x.to(tl.float32) - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
-            if HAS_GATE:
-                gate = fresh_gate
-        w_tile_ptr = w_ptr + (tl.cast(i0, tl.int64) * C + c) * O
-        w = tl.load(w_tile_ptr + w_offs, mask=in_i[:, None] & in_o, other=0.0)
-        phi = spline(t - c, ORDER)
-        if HAS_GATE:
-            phi *= gate.to(tl.float32)
-        acc = tl.dot(phi.to(w.dtype), w, acc, input_precision=PRECISION)
-    if HAS_BASE:
-        for i0 in tl.range(0, share, BLOCK_I):
-            in_i = i0 + offs_i < share
-            in_x = in_m & in_i[None, :]
-            x = tl.load(x_ptr + tl.cast(i0, tl.int64) * stride_xi + x_offs, mask=in_x, other=0.0).to(tl.float32)
-            phi = activation(x, ACTIVATION)
-            if HAS_GATE:
-                gate = tl.load(gate_ptr + tl.cast(i0, tl.int64) * stride_gi + gate_offs, mask=in_x, other=0.0)
-                phi *= gate.to(tl.float32)
-            w = tl.load(base_ptr + i0 + base_offs, mask=in_i[:, None] & in_o, other=0.0)
-            acc = tl.dot(phi.to(w.dtype), w, acc, input_precision=PRECISION)
-
-    first_y = first_m * O + first_o
-    y_offs = offs_m[:, None] * O + offs_o[None, :]
-    if tl.num_programs(1) == 1:
-        tl.store(y_ptr + first_y + y_offs, acc.to(y_ptr.dtype.element_ty), mask=in_m & in_o)
-    else:
-        partial_ptr += tl.program_id(1).to(tl.int64) * M * O + first_y
-        tl.store(partial_ptr + y_offs, acc, mask=in_m & in_o)
+CHUNK_BYTES = 512 * 2**20  # of Phi or dPhi
+TILE = 4096  # elements of Phi a program has at once, padded ones included
 
 
 @triton.jit(do_not_specialize=["M"])
-def _kan_bwd_x_kernel(
-    dx_ptr, dgate_ptr, dy_ptr, x_ptr, gate_ptr, w_ptr, base_ptr, grid_ptr,
-    M, I, O, stride_dym, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+def _phi_kernel(
+    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = GRID_SIZE + ORDER
-    pid_m, pid_i = tile_ids(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(I, BLOCK_I), GROUP)
-    first_m = (pid_m * BLOCK_M).to(tl.int64)
-    first_i = (pid_i * BLOCK_I).to(tl.int64)
+    """Phi for C = BLOCK_C, a power of 2: x is read and scaled once an input."""
+    pid_i = tl.program_id(0) % tl.cdiv(I, BLOCK_I)
+    first_m = (tl.program_id(0) // tl.cdiv(I, BLOCK_I) * BLOCK_M).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_i = tl.arange(0, BLOCK_I)
-    offs_o = tl.arange(0, BLOCK_O)
-    in_m = (offs_m < M - pid_m * BLOCK_M)[:, None]
-    in_i = offs_i < I - pid_i * BLOCK_I
-    dy_ptr += first_m * stride_dym
-    dy_offs = offs_m[:, None] * stride_dym + offs_o[None, :]
+    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_c = tl.arange(0, BLOCK_C)
+    inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
+    x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
+    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
+    phi = spline(t[:, :, None] - offs_c[None, None, :], ORDER)
+    if HAS_GATE:
+        gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+        phi *= gate[:, :, None]
+    offs = offs_m[:, None, None] * (I * BLOCK_C) + offs_i[None, :, None] * BLOCK_C + offs_c[None, None, :]
+    tl.store(phi_ptr + first_m * I * BLOCK_C + offs, phi.to(phi_ptr.dtype.element_ty), mask=inside[:, :, None])
 
-    offs_n = tl.arange(0, BLOCK_C * BLOCK_I)  # columns of dPhi: n = c * BLOCK_I + i
-    n_i = offs_n % BLOCK_I
-    n_c = offs_n // BLOCK_I
-    w_ptr += first_i * C * O
-    w_offs = (n_i * C + n_c)[None, :] * O + offs_o[:, None]
-    lo, inverse_width = grid_scale(grid_ptr, pid_i * BLOCK_I + offs_i, stride_grid, I, GRID_SIZE)
-    in_x = in_m & in_i[None, :]
-    dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        in_n = ((n_i < I - pid_i * BLOCK_I) & (n_c < C - c0))[None, :]
-        dphi = tl.zeros((BLOCK_M, BLOCK_C * BLOCK_I), tl.float32)
-        for o0 in range(0, O, BLOCK_O):
-            in_o = offs_o < O - o0
-            dy = tl.load(dy_ptr + o0 + dy_offs, mask=in_m & in_o[None, :], other=0.0)
-            w = tl.load(w_ptr + c0 * O + o0 + w_offs, mask=in_n & in_o[:, None], other=0.0)
-            dphi = tl.dot(dy.to(w.dtype), w, dphi, input_precision=PRECISION)
-        dphi = tl.reshape(dphi, (BLOCK_M, BLOCK_C, BLOCK_I))
-        x = _load_rows(x_ptr, first_m, first_i, offs_m, offs_i, stride_xm, stride_xi, in_x)
-        t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
-        s = t[:, None, :] - (c0 + tl.arange(0, BLOCK_C))[None, :, None]
-        dx += tl.sum(dphi * spline_derivative(s, ORDER), axis=1)
-        if HAS_GATE:
-            dgate += tl.sum(dphi * spline(s, ORDER), axis=1)
+
+@triton.jit(do_not_specialize=["M"])
+def _phi_flat_kernel(
+    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Phi for any C, columns n = i*C + c: wide stores, though every element reads its x."""
+    C: tl.constexpr = GRID_SIZE + ORDER
+    pid_n = tl.program_id(0) % tl.cdiv(I * C, BLOCK_N)
+    first_m = (tl.program_id(0) // tl.cdiv(I * C, BLOCK_N) * BLOCK_M).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_i = offs_n // C
+    inside = (offs_m < M - first_m)[:, None] & (offs_n < I * C)[None, :]
+    x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
+    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
+    phi = spline(t - (offs_n % C)[None, :], ORDER)
+    if HAS_GATE:
+        phi *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+    offs = offs_m[:, None] * (I * C) + offs_n[None, :]
+    tl.store(phi_ptr + first_m * I * C + offs, phi.to(phi_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fold_kernel(
+    dx_ptr, dgate_ptr, dphi_ptr, dbase_ptr, x_ptr, gate_ptr, grid_ptr,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_BASE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I).
+
+    BLOCK_C is C, a power of 2: dPhi is read by vectors and summed within a thread. Or 1: the k + 1 live functions,
+    which are all that count (see `triton_decode`), are read one by one.
+    """
+    C: tl.constexpr = GRID_SIZE + ORDER
+    pid_i = tl.program_id(0) % tl.cdiv(I, BLOCK_I)
+    first_m = (tl.program_id(0) // tl.cdiv(I, BLOCK_I) * BLOCK_M).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
+    x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
+    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
+    first = first_m * I
+    offs = offs_m[:, None] * I + offs_i[None, :]
+    dphi_ptr += first * C
+    if BLOCK_C == C:
+        offs_c = tl.arange(0, BLOCK_C)
+        s = t[:, :, None] - offs_c[None, None, :]
+        dphi_offs = offs_m[:, None, None] * (I * C) + offs_i[None, :, None] * C + offs_c[None, None, :]
+        dphi = tl.load(dphi_ptr + dphi_offs, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        dx = tl.sum(dphi * spline_derivative(s, ORDER), axis=2)
+        dgate = tl.sum(dphi * spline(s, ORDER), axis=2)
+    else:
+        dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+        dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+        first_c = first_live(t + (1 - ORDER) / 2, GRID_SIZE)
+        for r in tl.static_range(ORDER + 1):
+            live = dphi_ptr + offs * C + first_c.to(tl.int32) + r
+            dphi = tl.load(live, mask=inside, other=0.0).to(tl.float32)
+            dx += dphi * spline_derivative(t - first_c - r, ORDER)
+            dgate += dphi * spline(t - first_c - r, ORDER)
     dx *= inverse_width[None, :]
     if HAS_BASE:
-        base_ptr += first_i
-        base_offs = offs_o[:, None] * I + offs_i[None, :]
-        dphi = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-        for o0 in range(0, O, BLOCK_O):
-            in_o = offs_o < O - o0
-            dy = tl.load(dy_ptr + o0 + dy_offs, mask=in_m & in_o[None, :], other=0.0)
-            w = tl.load(base_ptr + tl.cast(o0, tl.int64) * I + base_offs, mask=in_i[None, :] & in_o[:, None], other=0.0)
-            dphi = tl.dot(dy.to(w.dtype), w, dphi, input_precision=PRECISION)
-        x = _load_rows(x_ptr, first_m, first_i, offs_m, offs_i, stride_xm, stride_xi, in_x)
-        dx += dphi * activation_derivative(x, ACTIVATION)
-        if HAS_GATE:
-            dgate += dphi * activation(x, ACTIVATION)
-
-    first = first_m * I + first_i
-    offs = offs_m[:, None] * I + offs_i[None, :]
+        dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
+        dx += dbase * activation_derivative(x, ACTIVATION)
+        dgate += dbase * activation(x, ACTIVATION)
     if HAS_GATE:
-        dx *= _load_rows(gate_ptr, first_m, first_i, offs_m, offs_i, stride_gm, stride_gi, in_x)
-        tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=in_x)
-    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=in_x)
+        dx *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+        tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _load_rows(ptr, first_m, first_i, offs_m, offs_i, stride_m, stride_i, mask):
-    ptr += first_m * stride_m + first_i * stride_i
-    return tl.load(ptr + offs_m[:, None] * stride_m + offs_i[None, :] * stride_i, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["M", "M_SPLIT", "first_c"])
-def _kan_bwd_w_kernel(
-    dw_ptr, dbase_ptr, dw_partial_ptr, dbase_partial_ptr, dy_ptr, x_ptr, gate_ptr, grid_ptr,
-    M, I, O, M_SPLIT, first_c, stride_dym, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    C: tl.constexpr = GRID_SIZE + ORDER
-    tiles = tl.cdiv(I, BLOCK_I) * tl.cdiv(O, BLOCK_O)
-    functions = tl.num_programs(0) // tiles
-    c = first_c + tl.program_id(0) % functions
-    pid_i, pid_o = tile_ids(tl.program_id(0) // functions, tl.cdiv(I, BLOCK_I), tl.cdiv(O, BLOCK_O), GROUP)
-    first_i = (pid_i * BLOCK_I).to(tl.int64)
-    first_o = (pid_o * BLOCK_O).to(tl.int64)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_i = tl.arange(0, BLOCK_I)
-    offs_o = tl.arange(0, BLOCK_O)
-    in_i = (offs_i < I - pid_i * BLOCK_I)[:, None]
-    in_o = (offs_o < O - pid_o * BLOCK_O)[None, :]
-    x_ptr += first_i * stride_xi
-    gate_ptr += first_i * stride_gi
-    dy_ptr += first_o
-    x_offs = offs_i[:, None] * stride_xi + offs_m[None, :] * stride_xm
-    gate_offs = offs_i[:, None] * stride_gi + offs_m[None, :] * stride_gm
-    dy_offs = offs_m[:, None] * stride_dym + offs_o[None, :]
-    # This program's share of the rows, as if there were no other: rows 0 .. share - 1.
-    split = tl.program_id(1).to(tl.int64)
-    share = tl.minimum(M - tl.program_id(1) * M_SPLIT, M_SPLIT)
-    x_ptr += split * M_SPLIT * stride_xm
-    gate_ptr += split * M_SPLIT * stride_gm
-    dy_ptr += split * M_SPLIT * stride_dym
-
-    acc = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
-    if c < C:
-        lo, inverse_width = grid_scale(grid_ptr, pid_i * BLOCK_I + offs_i, stride_grid, I, GRID_SIZE)
-        centre = c + (1 - ORDER) / 2
-        for m0 in range(0, share, BLOCK_M):
-            in_m = m0 + offs_m < share
-            in_x = in_i & in_m[None, :]
-            x = tl.load(x_ptr + tl.cast(m0, tl.int64) * stride_xm + x_offs, mask=in_x, other=0.0).to(tl.float32)
-            phi = spline((x - lo[:, None]) * inverse_width[:, None] - centre, ORDER)
-            if HAS_GATE:
-                gate = tl.load(gate_ptr + tl.cast(m0, tl.int64) * stride_gm + gate_offs, mask=in_x, other=0.0)
-                phi *= gate.to(tl.float32)
-            dy = tl.load(dy_ptr + tl.cast(m0, tl.int64) * stride_dym + dy_offs, mask=in_m[:, None] & in_o, other=0.0)
-            acc = tl.dot(phi.to(DOT_DTYPE), dy.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        first = (first_i * C + c) * O + first_o
-        offs = offs_i[:, None] * (C * O) + offs_o[None, :]
-        if tl.num_programs(1) == 1:
-            tl.store(dw_ptr + first + offs, acc.to(dw_ptr.dtype.element_ty), mask=in_i & in_o)
-        else:
-            tl.store(dw_partial_ptr + split * I * C * O + first + offs, acc, mask=in_i & in_o)
-    else:
-        for m0 in range(0, share, BLOCK_M):
-            in_m = m0 + offs_m < share
-            in_x = in_i & in_m[None, :]
-            x = tl.load(x_ptr + tl.cast(m0, tl.int64) * stride_xm + x_offs, mask=in_x, other=0.0).to(tl.float32)
-            phi = activation(x, ACTIVATION)
-            if HAS_GATE:
-                gate = tl.load(gate_ptr + tl.cast(m0, tl.int64) * stride_gm + gate_offs, mask=in_x, other=0.0)
-                phi *= gate.to(tl.float32)
-            dy = tl.load(dy_ptr + tl.cast(m0, tl.int64) * stride_dym + dy_offs, mask=in_m[:, None] & in_o, other=0.0)
-            acc = tl.dot(phi.to(DOT_DTYPE), dy.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        first = first_o * I + first_i
-        offs = offs_o[None, :] * I + offs_i[:, None]
-        if tl.num_programs(1) == 1:
-            tl.store(dbase_ptr + first + offs, acc.to(dbase_ptr.dtype.element_ty), mask=in_i & in_o)
-        else:
-            tl.store(dbase_partial_ptr + split * I * O + first + offs, acc, mask=in_i & in_o)
+def _load(ptr, first_m, offs_m, offs_i, stride_m, stride_i, mask):
+    offs = (first_m + offs_m) * stride_m + offs_i.to(tl.int64) * stride_i
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @functools.cache
@@ -297,7 +168,7 @@ def unsupported(x: Tensor, spline_weight: Tensor, *, spline_order: int, base_act
     for name, dtype in (("x", x.dtype), ("spline_weight", spline_weight.dtype)):
         if dtype not in DTYPES:
             return f"{name} is {dtype}; the kernels take bfloat16, float16 and float32"
-    if isinstance(_kan_fwd_kernel, triton.JITFunction):
+    if isinstance(_phi_kernel, triton.JITFunction):
         if not x.is_cuda or torch.version.cuda is None:
             return (
                 f"x is on {x.device}; the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1 before triton is imported)"
@@ -306,16 +177,6 @@ def unsupported(x: Tensor, spline_weight: Tensor, *, spline_order: int, base_act
         if capability < 80:
             return f"compute capability {capability / 10} is below 8.0"
     return None
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 products run: "tf32" or "ieee", as torch.backends.cuda.matmul says."""
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; reading allow_tf32 raises once this one was set
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def forward(
@@ -327,39 +188,20 @@ def forward(
     grid_size: int,
     spline_order: int,
     base_activation: str,
-    config: Config | None = None,
 ) -> Tensor:
     """x (M, I), gate (M, I) or None, spline_weight (I*C, O), grid (I, 2) or (2,), base_weight (O, I): y (M, O)."""
     M, I = x.shape
     O, C = spline_weight.shape[1], grid_size + spline_order
-    if config is None and use_decode(M, I, O, C, spline_order):
+    if use_decode(M, I, O, C, spline_order):
         _, sms = _device_properties(x.device.index)
         return decode(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, sms=sms)
     y = spline_weight.new_empty(M, O)
-    if y.numel() == 0 or I == 0:
-        return y.zero_()
-    capability, sms = _device_properties(x.device.index)
-    config = config or choose(
-        "forward", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability,
-        precision(spline_weight.dtype) == "tf32", _input_bytes(x, gate), spline_order,
-    )  # fmt: skip
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(O, config.BLOCK_O)
-    blocks = triton.cdiv(I, config.BLOCK_I)
-    per_split = triton.cdiv(blocks, split_count(tiles, I * C, sms))
-    splits = triton.cdiv(blocks, per_split)
-    grid = _ranges(grid)
-    partial = y.new_empty(splits, M, O, dtype=torch.float32) if splits > 1 else grid
-    weight, base = spline_weight.contiguous(), _contiguous(base_weight)
-    with torch.cuda.device_of(x):
-        _kan_fwd_kernel[tiles, splits](
-            y, partial, x, _or(gate, x), weight, _or(base, weight), grid,
-            M, I, O, per_split, *x.stride(), *_or(gate, x).stride(), _stride(grid),
-            GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
-            HAS_BASE=base is not None, PRECISION=precision(weight.dtype), BLOCK_M=config.BLOCK_M,
-            BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
-        )  # fmt: skip
-    return sum_partials(partial, y) if splits > 1 else y
+    if base_weight is not None:
+        torch.mm(torch_kan.base_input(x, gate, base_activation, y.dtype), base_weight.mT, out=y)
+    for rows in _chunks(M, I * C * spline_weight.element_size()):
+        a = phi(x[rows], _part(gate, rows), grid, grid_size, spline_order, spline_weight.dtype)
+        torch.addmm(y[rows], a, spline_weight, beta=0 if base_weight is None else 1, out=y[rows])
+    return y
 
 
 def use_decode_int8(M: int, I: int, O: int, C: int, spline_order: int) -> bool:
@@ -397,121 +239,90 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, gate, spline_weight and base_weight, each where `needs` asks for it, else None."""
     needs_x, needs_gate, needs_weight, needs_base = needs
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    (M, I), C, dtype = x.shape, grid_size + spline_order, spline_weight.dtype
     dx = dgate = dweight = dbase = None
     if needs_x or needs_gate:
-        dx, dgate = backward_x(dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation)
-    if needs_weight or needs_base:
-        dweight, dbase = backward_w(
-            dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation,
-            needs_weight, needs_base,
-        )  # fmt: skip
+        dx = x.new_empty(M, I)
+        dgate = None if gate is None else gate.new_empty(M, I)
+        for rows in _chunks(M, I * C * spline_weight.element_size()):
+            dinput = None if base_weight is None else dy[rows] @ base_weight
+            parts = x[rows], _part(gate, rows), grid, grid_size, spline_order, base_activation
+            fold(dx[rows], _part(dgate, rows), dy[rows] @ spline_weight.mT, dinput, *parts)
+    if needs_weight:
+        dweight = spline_weight.new_empty(I * C, spline_weight.shape[1])
+        for inputs in _chunks(I, M * C * spline_weight.element_size()):
+            parts = x[:, inputs], None if gate is None else gate[:, inputs], grid if grid.dim() == 1 else grid[inputs]
+            a = phi(*parts, grid_size, spline_order, dtype)
+            torch.mm(a.mT, dy, out=dweight[inputs.start * C : inputs.stop * C])
+    if needs_base:
+        dbase = dy.mT @ torch_kan.base_input(x, gate, base_activation, dtype)
     return dx if needs_x else None, dgate if needs_gate else None, dweight, dbase
 
 
-def backward_x(
-    dy: Tensor,
+def phi(x: Tensor, gate: Tensor | None, grid: Tensor, grid_size: int, spline_order: int, dtype: torch.dtype) -> Tensor:
+    """Phi (M, I*C) in `dtype`."""
+    (M, I), C = x.shape, grid_size + spline_order
+    out = x.new_empty(M, I * C, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    grid, gate_or_x = _ranges(grid), x if gate is None else gate
+    arguments = out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order
+    with torch.cuda.device_of(x):
+        if triton.next_power_of_2(C) == C:
+            sides = _tile(I, C)
+            _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, *sides, C)
+        else:
+            sides = 8, TILE // 8
+            _phi_flat_kernel[_programs(M, I * C, *sides)](*arguments, gate is not None, *sides)
+    return out
+
+
+def fold(
+    dx: Tensor,
+    dgate: Tensor | None,
+    dphi: Tensor,
+    dbase: Tensor | None,
     x: Tensor,
     gate: Tensor | None,
-    spline_weight: Tensor,
     grid: Tensor,
-    base_weight: Tensor | None,
     grid_size: int,
     spline_order: int,
     base_activation: str,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """dx (M, I) and dgate (M, I) or None; dy (M, O) with unit stride in O."""
-    M, I = x.shape
-    O, C = spline_weight.shape[1], grid_size + spline_order
-    dx = x.new_empty(M, I)
-    dgate = None if gate is None else gate.new_empty(M, I)
-    if dx.numel() == 0 or O == 0:
-        return dx.zero_(), None if gate is None else dgate.zero_()
-    capability, _ = _device_properties(x.device.index)
-    config = config or choose(
-        "backward_x", M, I, O, C, spline_weight.dtype, gate is not None, base_weight is not None, capability,
-        precision(spline_weight.dtype) == "tf32", _input_bytes(x, gate), spline_order,
-    )  # fmt: skip
-    grid, weight, base = _ranges(grid), spline_weight.contiguous(), _contiguous(base_weight)
+) -> None:
+    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I)."""
+    (M, I), C = x.shape, grid_size + spline_order
+    if dx.numel() == 0:
+        return
+    grid, gate_or_x = _ranges(grid), x if gate is None else gate
+    block_c = C if triton.next_power_of_2(C) == C else 1
+    sides = _tile(I, triton.next_power_of_2(C))
     with torch.cuda.device_of(x):
-        _kan_bwd_x_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(I, config.BLOCK_I),)](
-            dx, _or(dgate, dx), dy, x, _or(gate, x), weight, _or(base, weight), grid,
-            M, I, O, dy.stride(0), *x.stride(), *_or(gate, x).stride(), _stride(grid),
-            GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
-            HAS_BASE=base is not None, PRECISION=precision(weight.dtype), BLOCK_M=config.BLOCK_M,
-            BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, BLOCK_C=config.BLOCK_C, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
+        _fold_kernel[_programs(M, I, *sides)](
+            dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
+            M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order, base_activation,
+            gate is not None, dbase is not None, *sides, block_c,
         )  # fmt: skip
-    return dx, dgate
 
 
-def backward_w(
-    dy: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    spline_weight: Tensor,
-    grid: Tensor,
-    base_weight: Tensor | None,
-    grid_size: int,
-    spline_order: int,
-    base_activation: str,
-    needs_weight: bool = True,
-    needs_base: bool = True,
-    config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dspline_weight (I*C, O) and dbase_weight (O, I), each where needed; dy (M, O) with unit stride in O."""
-    M, I = x.shape
-    O, C = spline_weight.shape[1], grid_size + spline_order
-    dtype = spline_weight.dtype
-    dweight = spline_weight.new_empty(I * C, O) if needs_weight else None
-    dbase = base_weight.new_empty(O, I) if needs_base else None
-    outputs = [out for out in (dweight, dbase) if out is not None]
-    if M == 0 or I == 0 or O == 0:
-        for out in outputs:
-            out.zero_()
-        return dweight, dbase
-    capability, sms = _device_properties(x.device.index)
-    config = config or choose(
-        "backward_w", M, I, O, C, dtype, gate is not None, needs_base, capability, precision(dtype) == "tf32"
-    )
-    functions = C * needs_weight + needs_base
-    programs = functions * triton.cdiv(I, config.BLOCK_I) * triton.cdiv(O, config.BLOCK_O)
-    per_split = _round_up(triton.cdiv(M, split_count(programs, M, sms)), config.BLOCK_M)
-    splits = triton.cdiv(M, per_split)
-    grid = _ranges(grid)
-    partials = [out.new_empty(splits, *out.shape, dtype=torch.float32) for out in outputs] if splits > 1 else []
-    partial_weight = partials[0] if splits > 1 and needs_weight else grid
-    partial_base = partials[-1] if splits > 1 and needs_base else grid
-    with torch.cuda.device_of(x):
-        _kan_bwd_w_kernel[programs, splits](
-            _or(dweight, dbase), _or(dbase, dweight), partial_weight, partial_base, dy, x, _or(gate, x), grid,
-            M, I, O, per_split, 0 if needs_weight else C,
-            dy.stride(0), *x.stride(), *_or(gate, x).stride(), _stride(grid),
-            GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
-            PRECISION=precision(dtype), DOT_DTYPE=TRITON_DTYPE[dtype], BLOCK_M=config.BLOCK_M,
-            BLOCK_I=config.BLOCK_I, BLOCK_O=config.BLOCK_O, GROUP=config.GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
-        )  # fmt: skip
-    for out, partial in zip(outputs, partials):
-        sum_partials(partial, out)
-    return dweight, dbase
+def _tile(I: int, block_c: int) -> tuple[int, int]:
+    """Rows and inputs of a tile, TILE elements of Phi where it holds all of an input's functions."""
+    inputs = max(1, min(512 // block_c, triton.next_power_of_2(I)))
+    return max(1, TILE // (inputs * block_c)), inputs
 
 
-TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+def _programs(rows: int, columns: int, block_rows: int, block_columns: int) -> tuple[int]:
+    return (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel argument that is not read where the tensor is None."""
-    return other if tensor is None else tensor
+def _chunks(size: int, bytes_each: int) -> list[slice]:
+    """As few chunks of about the same length as CHUNK_BYTES allows."""
+    count = max(1, triton.cdiv(size * bytes_each, CHUNK_BYTES))
+    step = max(1, triton.cdiv(size, count))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _input_bytes(x: Tensor, gate: Tensor | None) -> int:
-    return max(x.element_size(), _or(gate, x).element_size())
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
 
 
 def _ranges(grid: Tensor) -> Tensor:
@@ -520,7 +331,3 @@ def _ranges(grid: Tensor) -> Tensor:
 
 def _stride(grid: Tensor) -> int:
     return 0 if grid.dim() == 1 else 2
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return triton.cdiv(n, multiple) * multiple
