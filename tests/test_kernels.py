@@ -154,20 +154,17 @@ def test_without_base_and_with_one_grid_for_all(k):
     check(make(20, 10, 12, 3, k, base=False, shared_grid=True))
 
 
+@pytest.mark.usefixtures("poison_empty")
 @pytest.mark.parametrize("count", [3, 4], ids=["ragged", "power of 2"])  # of functions
 def test_chunks_of_phi(monkeypatch, count):
-    """Rows in forward and dx, inputs in dW, never more than CHUNK_BYTES; no chunk is added to another."""
+    """By rows, never more than CHUNK_BYTES; with a power of 2, backward makes Phi in place of dPhi."""
     layer = make(50, 23, 9, count - 1, 1, gate=True)
-    whole = [triton_kan.forward(*layer.arguments), *triton_kan.backward(layer.dy, *layer.arguments, layer.needs)]
     monkeypatch.setattr(triton_kan, "CHUNK_BYTES", 7 * 23 * count * 4)
-    sizes = []
-    phi = triton_kan.phi
+    sizes, phi = [], triton_kan.phi
     monkeypatch.setattr(triton_kan, "phi", lambda *a: sizes.append(phi(*a)) or sizes[-1])
     check(layer)
-    assert len(sizes) == 8 + 8  # 50 rows in sevens, and 23 inputs in threes
+    assert len(sizes) == (8 if count == 4 else 16)  # 50 rows in sevens
     assert max(size.nbytes for size in sizes) <= triton_kan.CHUNK_BYTES
-    parts = [triton_kan.forward(*layer.arguments), *triton_kan.backward(layer.dy, *layer.arguments, layer.needs)]
-    assert all(error(part, one) < 1e-6 for part, one in zip(parts, whole))
 
 
 @pytest.mark.usefixtures("poison_empty")

@@ -11,8 +11,8 @@ matrix product Phi @ W, and its gradients are two more:
 
 2 M I C O FLOPs each, what a linear layer of as many parameters costs. One kernel writes Phi, one folds dPhi into dx and
 dgate; both move every element once and are bound by that: against the products 3 to 6 bytes per 2 O FLOPs. Phi and dPhi
-live for one product, a chunk of at most CHUNK_BYTES at a time, and are never saved: forward and dx go by chunks of
-rows, dW by chunks of inputs, so that no chunk is added to another and runs are bit-equal.
+live for one product, in chunks of rows of at most CHUNK_BYTES, and are never saved; where C is a power of 2, the kernel
+that folds dPhi leaves Phi in its place for dW. Only dW adds chunks up, in a fixed order: runs are bit-equal.
 
 Evaluating splines inside a matrix kernel, so that Phi never exists, was built first and measured on an H200: 380
 TFLOP/s in forward and 350 in dW where this reaches 570 to 720 with all passes counted (benchmarks/results/LOG.md).
@@ -41,8 +41,9 @@ from kansformer.kernels.triton_decode import decode, use_decode
 
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK_BYTES = 512 * 2**20  # of Phi or dPhi
-TILE = 4096  # elements of Phi a program has at once, padded ones included
+CHUNK_BYTES = 2**30  # of Phi or dPhi
+TILE = 4096  # elements of Phi that a program of four warps holds, in rows of up to 1024
+FLAT_TILE = 4, 512
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,12 +99,11 @@ def _fold_kernel(
     dx_ptr, dgate_ptr, dphi_ptr, dbase_ptr, x_ptr, gate_ptr, grid_ptr,
     M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_BASE: tl.constexpr, MAKE_PHI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I).
+    """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I). MAKE_PHI: Phi takes its place.
 
-    BLOCK_C is C, a power of 2: dPhi is read by vectors and summed within a thread. Or 1: the k + 1 live functions,
-    which are all that count (see `triton_decode`), are read one by one.
+    Of an input's dPhi the k + 1 live functions are all that count (see `triton_decode`), and all that is read.
     """
     C: tl.constexpr = GRID_SIZE + ORDER
     pid_i = tl.program_id(0) % tl.cdiv(I, BLOCK_I)
@@ -113,35 +113,37 @@ def _fold_kernel(
     inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
     x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
     lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
+    t = (x - lo[None, :]) * inverse_width[None, :]
+    if HAS_GATE:
+        gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
     first = first_m * I
     offs = offs_m[:, None] * I + offs_i[None, :]
     dphi_ptr += first * C
-    if BLOCK_C == C:
-        offs_c = tl.arange(0, BLOCK_C)
-        s = t[:, :, None] - offs_c[None, None, :]
-        dphi_offs = offs_m[:, None, None] * (I * C) + offs_i[None, :, None] * C + offs_c[None, None, :]
-        dphi = tl.load(dphi_ptr + dphi_offs, mask=inside[:, :, None], other=0.0).to(tl.float32)
-        dx = tl.sum(dphi * spline_derivative(s, ORDER), axis=2)
-        dgate = tl.sum(dphi * spline(s, ORDER), axis=2)
-    else:
-        dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-        dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-        first_c = first_live(t + (1 - ORDER) / 2, GRID_SIZE)
-        for r in tl.static_range(ORDER + 1):
-            live = dphi_ptr + offs * C + first_c.to(tl.int32) + r
-            dphi = tl.load(live, mask=inside, other=0.0).to(tl.float32)
-            dx += dphi * spline_derivative(t - first_c - r, ORDER)
-            dgate += dphi * spline(t - first_c - r, ORDER)
+    live = first_live(t, GRID_SIZE)
+    s = t - live - (1 - ORDER) / 2
+    dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    for r in tl.static_range(ORDER + 1):
+        dphi = tl.load(dphi_ptr + offs * C + live.to(tl.int32) + r, mask=inside, other=0.0).to(tl.float32)
+        dx += dphi * spline_derivative(s - r, ORDER)
+        dgate += dphi * spline(s - r, ORDER)
     dx *= inverse_width[None, :]
     if HAS_BASE:
         dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
         dx += dbase * activation_derivative(x, ACTIVATION)
         dgate += dbase * activation(x, ACTIVATION)
     if HAS_GATE:
-        dx *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+        dx *= gate
         tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if MAKE_PHI:
+        tl.debug_barrier()  # other threads of the program have read what this one overwrites
+        offs_c = tl.arange(0, C)
+        phi = spline((t - (1 - ORDER) / 2)[:, :, None] - offs_c[None, None, :], ORDER)
+        if HAS_GATE:
+            phi *= gate[:, :, None]
+        phi_offs = offs[:, :, None] * C + offs_c[None, None, :]
+        tl.store(dphi_ptr + phi_offs, phi.to(dphi_ptr.dtype.element_ty), mask=inside[:, :, None])
 
 
 @triton.jit
@@ -240,23 +242,26 @@ def backward(
     """The gradients of x, gate, spline_weight and base_weight, each where `needs` asks for it, else None."""
     needs_x, needs_gate, needs_weight, needs_base = needs
     (M, I), C, dtype = x.shape, grid_size + spline_order, spline_weight.dtype
-    dx = dgate = dweight = dbase = None
-    if needs_x or needs_gate:
-        dx = x.new_empty(M, I)
-        dgate = None if gate is None else gate.new_empty(M, I)
-        for rows in _chunks(M, I * C * spline_weight.element_size()):
+    inward = needs_x or needs_gate
+    dx = x.new_empty(M, I) if inward else None
+    dgate = gate.new_empty(M, I) if inward and gate is not None else None
+    chunks = _chunks(M, I * C * spline_weight.element_size())
+    # Chunks add up in float32, in a fixed order.
+    dweight = spline_weight.new_zeros(spline_weight.shape, dtype=torch.float32) if len(chunks) != 1 else None
+    for rows in chunks:
+        parts = x[rows], _part(gate, rows), grid, grid_size, spline_order
+        a = None
+        if inward:
+            a = dy[rows] @ spline_weight.mT
             dinput = None if base_weight is None else dy[rows] @ base_weight
-            parts = x[rows], _part(gate, rows), grid, grid_size, spline_order, base_activation
-            fold(dx[rows], _part(dgate, rows), dy[rows] @ spline_weight.mT, dinput, *parts)
-    if needs_weight:
-        dweight = spline_weight.new_empty(I * C, spline_weight.shape[1])
-        for inputs in _chunks(I, M * C * spline_weight.element_size()):
-            parts = x[:, inputs], None if gate is None else gate[:, inputs], grid if grid.dim() == 1 else grid[inputs]
-            a = phi(*parts, grid_size, spline_order, dtype)
-            torch.mm(a.mT, dy, out=dweight[inputs.start * C : inputs.stop * C])
-    if needs_base:
-        dbase = dy.mT @ torch_kan.base_input(x, gate, base_activation, dtype)
-    return dx if needs_x else None, dgate if needs_gate else None, dweight, dbase
+            make_phi = needs_weight and _power_of_2(C)
+            fold(dx[rows], _part(dgate, rows), a, dinput, *parts, base_activation, make_phi)
+            a = a if make_phi else None
+        if needs_weight:
+            a = phi(*parts, dtype) if a is None else a
+            dweight = a.mT @ dy[rows] if len(chunks) == 1 else dweight.add_(a.mT @ dy[rows])
+    dbase = dy.mT @ torch_kan.base_input(x, gate, base_activation, dtype) if needs_base else None
+    return dx if needs_x else None, dgate if needs_gate else None, dweight.to(dtype) if needs_weight else None, dbase
 
 
 def phi(x: Tensor, gate: Tensor | None, grid: Tensor, grid_size: int, spline_order: int, dtype: torch.dtype) -> Tensor:
@@ -268,11 +273,11 @@ def phi(x: Tensor, gate: Tensor | None, grid: Tensor, grid_size: int, spline_ord
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
     arguments = out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order
     with torch.cuda.device_of(x):
-        if triton.next_power_of_2(C) == C:
+        if _power_of_2(C):
             sides = _tile(I, C)
             _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, *sides, C)
         else:
-            sides = 8, TILE // 8
+            sides = FLAT_TILE
             _phi_flat_kernel[_programs(M, I * C, *sides)](*arguments, gate is not None, *sides)
     return out
 
@@ -288,25 +293,29 @@ def fold(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    make_phi: bool = False,
 ) -> None:
-    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I)."""
+    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I); with `make_phi` (C a power of 2) Phi into dphi."""
     (M, I), C = x.shape, grid_size + spline_order
     if dx.numel() == 0:
         return
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
-    block_c = C if triton.next_power_of_2(C) == C else 1
     sides = _tile(I, triton.next_power_of_2(C))
     with torch.cuda.device_of(x):
         _fold_kernel[_programs(M, I, *sides)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
             M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order, base_activation,
-            gate is not None, dbase is not None, *sides, block_c,
+            gate is not None, dbase is not None, make_phi, *sides,
         )  # fmt: skip
+
+
+def _power_of_2(count: int) -> bool:
+    return count & (count - 1) == 0
 
 
 def _tile(I: int, block_c: int) -> tuple[int, int]:
     """Rows and inputs of a tile, TILE elements of Phi where it holds all of an input's functions."""
-    inputs = max(1, min(512 // block_c, triton.next_power_of_2(I)))
+    inputs = max(1, min(1024 // block_c, triton.next_power_of_2(I)))
     return max(1, TILE // (inputs * block_c)), inputs
 
 
