@@ -112,13 +112,3 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def normal_cdf(x):
     return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # 1 / sqrt(2)
-
-
-@triton.jit
-def tile_ids(pid, rows, columns, GROUP: tl.constexpr):
-    """The (row, column) of a program's tile, GROUP rows at a time: programs in flight share operands in L2."""
-    group = pid // (GROUP * columns)
-    first = group * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    within = pid % (GROUP * columns)
-    return first + within % height, within // height

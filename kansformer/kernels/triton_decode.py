@@ -18,10 +18,12 @@ from torch import Tensor
 from kansformer.kernels.triton_basis import activation, first_live, grid_scale, spline
 
 # A share of I per program is at least this long: one partial sum written and read (8 bytes, in L2) per 2 * (k + 1) * 16
-# bytes of 16-bit weights read. With 32, a layer 1376 -> 1024 has 172 programs for 132 multiprocessors, with 16, 344.
+# bytes of 16-bit weights read.
 LEAST_SHARE = 16
-# Programs wanted for each multiprocessor, so that enough loads are in flight to reach the memory bandwidth.
-PROGRAMS_PER_SM = 8
+# Programs wanted for each multiprocessor, so that enough loads are in flight. With BLOCK_I, BLOCK_O and num_warps of
+# `decode` the best of 24 choices for weights out of cache on an H200: 0.90, 0.71 and 0.64 of the dense product's time
+# for 1360 -> 1024, 2736 -> 2048 and 5456 -> 4096, k = 1, C = 4 (benchmarks/results/LOG.md).
+PROGRAMS_PER_SM = 16
 
 
 def use_decode(M: int, I: int, O: int, C: int, spline_order: int) -> bool:
@@ -86,15 +88,6 @@ def _kan_decode_kernel(
         tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M * O + y_offs, y, mask=in_y)
 
 
-def block_inputs(dtype: torch.dtype, spline_order: int, based: bool) -> int:
-    """BLOCK_I: as many loads in flight as registers allow.
-
-    On sm_90 with k = 1, 16 inputs put 8 loads of 16 bytes a thread in flight and take 76 registers, 8 inputs 4 and 41.
-    A base term (255 registers), k = 3 (168) and float32 (which spills) leave too few programs.
-    """
-    return 16 if spline_order == 1 and not based and dtype != torch.float32 else 8
-
-
 def decode(
     x: Tensor,
     gate: Tensor | None,
@@ -105,16 +98,15 @@ def decode(
     spline_order: int,
     base_activation: str,
     scale: Tensor | None = None,
-    BLOCK_I: int | None = None,
-    BLOCK_O: int = 256,
-    num_warps: int = 4,
+    BLOCK_I: int = 8,
+    BLOCK_O: int = 64,
+    num_warps: int = 2,
     sms: int = 132,
 ) -> Tensor:
     """As `triton_kan.forward`, for few rows; the same sums in another order.
 
     With `scale` (I*C,) the weights are spline_weight * scale[:, None], spline_weight int8; y has the scale's dtype.
     """
-    BLOCK_I = BLOCK_I or block_inputs(spline_weight.dtype, spline_order, base_weight is not None)
     M, I = x.shape
     O = spline_weight.shape[1]
     y = (spline_weight if scale is None else scale).new_empty(M, O)

@@ -42,8 +42,8 @@ from kansformer.kernels.triton_decode import decode, use_decode
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi
-TILE = 4096  # elements of Phi that a program of four warps holds, in rows of up to 1024
-FLAT_TILE = 4, 512
+# Rows and columns of Phi of a program of four warps, measured on an H200 (benchmarks/results/LOG.md).
+PHI_TILE, FOLD_TILE = (4, 1024), (2, 1024)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -274,11 +274,10 @@ def phi(x: Tensor, gate: Tensor | None, grid: Tensor, grid_size: int, spline_ord
     arguments = out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order
     with torch.cuda.device_of(x):
         if _power_of_2(C):
-            sides = _tile(I, C)
+            sides = _tile(PHI_TILE, I, C)
             _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, *sides, C)
         else:
-            sides = FLAT_TILE
-            _phi_flat_kernel[_programs(M, I * C, *sides)](*arguments, gate is not None, *sides)
+            _phi_flat_kernel[_programs(M, I * C, *PHI_TILE)](*arguments, gate is not None, *PHI_TILE)
     return out
 
 
@@ -300,7 +299,7 @@ def fold(
     if dx.numel() == 0:
         return
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
-    sides = _tile(I, triton.next_power_of_2(C))
+    sides = _tile(FOLD_TILE, I, triton.next_power_of_2(C))
     with torch.cuda.device_of(x):
         _fold_kernel[_programs(M, I, *sides)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
@@ -313,10 +312,11 @@ def _power_of_2(count: int) -> bool:
     return count & (count - 1) == 0
 
 
-def _tile(I: int, block_c: int) -> tuple[int, int]:
-    """Rows and inputs of a tile, TILE elements of Phi where it holds all of an input's functions."""
-    inputs = max(1, min(1024 // block_c, triton.next_power_of_2(I)))
-    return max(1, TILE // (inputs * block_c)), inputs
+def _tile(tile: tuple[int, int], I: int, count: int) -> tuple[int, int]:
+    """Rows and inputs of a tile of Phi with `count` functions an input; more rows where there are few inputs."""
+    rows, columns = tile
+    inputs = max(1, min(columns // count, triton.next_power_of_2(I)))
+    return max(1, rows * columns // (inputs * count)), inputs
 
 
 def _programs(rows: int, columns: int, block_rows: int, block_columns: int) -> tuple[int]:
