@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="tokens a step (2048; 16384 on cuda)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds, each variant once a round")
     parser.add_argument("--only", nargs="+", help="blocks to run beside the MLP, by the start of their names")
+    parser.add_argument("--profile", action="store_true", help="on cuda: the kernels of a step, too")
     parser.add_argument("--no_tests", action="store_true", help="on cuda: do not run the gpu tests first")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for ffn_<device>.{json,md,png}")
     args = parser.parse_args()
@@ -82,11 +83,11 @@ def main() -> None:
         env["matmul_tflops"] = matmul_ceiling(dtype)
     name = args.output / f"ffn_{args.device}"
     for d in widths:
-        result["training"] += training(d, tokens, blocks, args.device, dtype, args.rounds)
+        result["training"] += training(d, tokens, blocks, args.device, dtype, args.rounds, args.profile and cuda)
         write_json(name.with_suffix(".json"), result)
     for d in args.decode_size:
         result["decoding"] += decoding(d, blocks, args.device, dtype, args.rounds)
-    report = f"{header(env)}\n\n{training_table(result)}\n\n{decoding_table(result)}\n"
+    report = f"{header(env)}\n\n{training_table(result)}\n\n{decoding_table(result)}\n{profiles(result)}"
     print(report)
     write(
         name.with_suffix(".md"),
@@ -154,7 +155,9 @@ def _efficient_kan() -> Callable:
 PEERS = {"inkan": _inkan, "kan": _pykan, "efficient_kan": _efficient_kan}
 
 
-def training(d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
+def training(
+    d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int, profile: bool = False
+) -> list[dict]:
     modules = {name: build(name, *block, d, device, dtype) for name, block in blocks.items()}
     modules |= {f"peer {name}": module for name, module in peers(d, device, dtype).items()}
     x = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
@@ -199,6 +202,7 @@ def training(d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype,
                 "saved_mb": saved[plain] / 1e6,
                 "saved_ratio": saved[plain] / saved[REFERENCE],
                 "peak_mb": peaks[plain],
+                "kernels": kernels(step(module)) if profile else None,
             }
         )
     return rows
@@ -218,6 +222,17 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
         kept.pop(own.untyped_storage().data_ptr(), None)
     del y
     return sum(kept.values())
+
+
+def kernels(step: Callable, most: int = 16) -> list[dict]:
+    """The kernels of a step that take longest: name, calls and microseconds."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        step()
+        torch.cuda.synchronize()
+    found = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [{"name": e.key[:80], "calls": e.count, "us": round(e.self_device_time_total, 1)} for e in found[:most]]
 
 
 def peak_memory(step: Callable) -> float:
@@ -335,6 +350,17 @@ def decoding_table(result: dict) -> str:
         for r in result["decoding"]
     ]
     return f"Decoding, one token a call, a new token each call:\n\n{markdown(columns, rows)}"
+
+
+def profiles(result: dict) -> str:
+    """For every compiled block that was profiled, its kernels."""
+    text = ""
+    for r in result["training"]:
+        if r["kernels"] and r["block"].endswith("compiled"):
+            rows = [[kernel["name"], kernel["calls"], f"{kernel['us']:,.0f}"] for kernel in r["kernels"]]
+            title = f"The longest kernels of a step of `{r['block']}`, d = {r['d']}:"
+            text += f"\n{title}\n\n{markdown(['kernel', 'calls', 'us'], rows)}\n"
+    return text
 
 
 def draw(result: dict, path: Path) -> None:

@@ -1,137 +1,98 @@
-"""What the kernels should cost, from shapes alone: written down before it is measured.
+"""What a feed-forward block should cost on a GPU, from shapes alone: a bound to hold measurements against.
 
-    python benchmarks/roofline.py --tokens 16384 --width 1024 [--tflops 790 --bandwidth 4300 ...]
+    python benchmarks/roofline.py --tokens 16384 --width 1024 [--tflops 790 --bandwidth 4260 ...]
 
-A kernel takes at least the longest of three times:
-
-    tensor   FLOPs of its products / tensor-core rate
-    memory   bytes of its inputs and outputs, each once / memory bandwidth
-    issue    instructions / issue rate. Every block of outputs evaluates the splines again, so
-
-        forward, dW   M I C * (O / BLOCK_O) * instructions an element of Phi
-        dx            M I C * instructions an element of dPhi, once: in the epilogue
-
-and at most tensor + issue, if nothing overlaps: on Hopper the products of one step run while the next splines are
-evaluated, so the truth should lie nearer the lower end. Both ends are printed. A table, then one json line.
+Kernels run one after another, and each takes at least the longer of FLOPs of its products / tensor-core rate and bytes
+of its inputs and outputs, each once, / memory bandwidth. Elementwise work of the MLP blocks is one fused kernel a pass,
+as a compiler makes it; that of a KAN layer is what kansformer/kernels/triton_kan.py launches. A table, then one json
+line.
 """
 
 import argparse
 import dataclasses
 import json
 
-# Instructions a thread, counted in the SASS of the tiles shipped for sm_90 (bfloat16, C = 8, triton 3.6; tests/aot.py
-# counts loops, tests/test_kernels.py compares one). All of a loop is in them: splines, conversion to 16 bits and
-# through shared memory to the product's operand, copies of the next tiles, addresses, barriers. By (k, gated).
-#
-# A step of forward, c > 0, and what c = 0 adds to it, for 32 elements of Phi; a step of dW, for as many.
-FORWARD = {
-    (1, False): (284, 277), (2, False): (493, 275), (3, False): (556, 275),
-    (1, True): (456, 257), (2, True): (648, 257), (3, True): (712, 257),
-}  # fmt: skip
-WEIGHT = {(1, False): 391, (2, False): 615, (3, False): 679, (1, True): 526, (2, True): 714, (3, True): 778}
-# The base term's steps of forward and dW, 32 elements.
-BASE_STEP = 652, 682
-# dx but for its products' loops, an element of dPhi; with the base term where there is no gate.
-EPILOGUE = {(1, False): 27, (2, False): 18, (3, False): 20, (1, True): 20, (2, True): 23, (3, True): 25}
-STEP_ELEMENTS = 32
 ELEMENT_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A GPU; the defaults are an H200 (clock and multiprocessors from its data sheet; the rates are to be measured)."""
+    """A GPU; the defaults are what benchmarks/bench_kernels.py measured on an H200."""
 
     tflops: float = 790.0  # bf16 products, TFLOP/s
-    bandwidth: float = 4300.0  # GB/s
-    sms: int = 132
-    lanes: int = 128  # fp32 instructions a clock and multiprocessor
-    ghz: float = 1.75
+    bandwidth: float = 4260.0  # GB/s
 
-    @property
-    def issue_rate(self) -> float:
-        return self.sms * self.lanes * self.ghz * 1e9
+    def seconds(self, kernel: "Kernel") -> float:
+        return max(kernel.flops / (self.tflops * 1e12), kernel.bytes / (self.bandwidth * 1e9))
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Work of one kernel."""
+    """Work of one kernel; `product`: on tensor cores."""
 
     name: str
     flops: float
     bytes: float
-    instructions: float = 0.0
 
-    def times(self, machine: Machine) -> dict[str, float]:
-        """Seconds: each bound, and the least and most it should take."""
-        tensor = self.flops / (machine.tflops * 1e12)
-        memory = self.bytes / (machine.bandwidth * 1e9)
-        issue = self.instructions / machine.issue_rate
-        return {
-            "tensor": tensor,
-            "memory": memory,
-            "issue": issue,
-            "least": max(tensor, memory, issue),
-            "most": max(tensor + issue, memory),
-        }
+    @property
+    def product(self) -> bool:
+        return self.flops > 0
 
 
-def kan_layer(M: int, I: int, O: int, C: int, order: int, *, gate=False, base=True, block_o: int = 256) -> list[Kernel]:
-    """Forward, dx and dW of one KAN layer."""
-    weights = I * O * (C + base)
-    flops = 2 * M * weights
-    inputs = M * I * (1 + gate)
-    blocks = -(-O // block_o)
-    forward_bytes = ELEMENT_BYTES * (inputs + M * O + weights)
-    backward_bytes = ELEMENT_BYTES * (M * O + inputs + weights)
-    evaluations = M * I * blocks / STEP_ELEMENTS
-    step, first = FORWARD[order, gate]
-    forward = evaluations * (C * step + first + base * BASE_STEP[0])
-    weight = evaluations * (C * WEIGHT[order, gate] + base * BASE_STEP[1])
-    return [
-        Kernel("kan forward", flops, forward_bytes, forward),
-        Kernel("kan dx", flops, backward_bytes + ELEMENT_BYTES * inputs, M * I * C * EPILOGUE[order, gate]),
-        Kernel("kan dW", flops, backward_bytes, weight),
-    ]
+def product(name: str, M: int, K: int, N: int) -> Kernel:
+    """(M, K) @ (K, N)."""
+    return Kernel(name, 2 * M * K * N, ELEMENT_BYTES * (M * K + K * N + M * N))
+
+
+def elementwise(name: str, elements: int) -> Kernel:
+    """`elements` read or written."""
+    return Kernel(name, 0.0, ELEMENT_BYTES * elements)
 
 
 def linear_layer(M: int, I: int, O: int) -> list[Kernel]:
     """Forward, dx and dW of a linear layer."""
-    flops, moved = 2 * M * I * O, ELEMENT_BYTES * (M * I + M * O + I * O)
-    return [Kernel(f"linear {name}", flops, moved) for name in ("forward", "dx", "dW")]
+    return [product("linear forward", M, I, O), product("linear dx", M, O, I), product("linear dW", I, M, O)]
 
 
-def elementwise(M: int, width: int, reads: int, writes: int, name: str) -> Kernel:
-    return Kernel(name, 0.0, ELEMENT_BYTES * M * width * (reads + writes))
+def kan_layer(M: int, I: int, O: int, C: int, *, gate: bool = False, base: bool = True) -> list[Kernel]:
+    """Forward and backward of one KAN layer."""
+    inputs, phi = M * I * (1 + gate), M * I * C
+    kernels = [
+        elementwise("phi", inputs + phi),
+        product("forward", M, I * C, O),
+        product("dPhi", M, O, I * C),
+        elementwise("fold", 2 * inputs + phi + M * I * base),
+        product("dW", I * C, M, O),
+    ]
+    if C & (C - 1) == 0:
+        kernels.append(elementwise("phi again, by fold", phi))
+    else:
+        kernels.append(elementwise("phi again", inputs + phi))
+    if base:
+        kernels += [elementwise("base function", 2 * inputs) for _ in range(2)] + linear_layer(M, I, O)
+    return kernels
 
 
-def block(
-    kind: str, M: int, d: int, parameters: int, C: int, order: int, block_o: int = 256
-) -> tuple[int, list[Kernel]]:
-    """The hidden width and the kernels, forward and backward, of a feed-forward block of about `parameters` weights.
-
-    Elementwise work is counted as one fused kernel a pass, and not at all where a compiler fuses it into a product.
-    """
+def block(kind: str, M: int, d: int, parameters: int, C: int) -> tuple[int, list[Kernel]]:
+    """The hidden width and the kernels, forward and backward, of a feed-forward block of about `parameters` weights."""
     if kind == "mlp":
         h = parameters // (2 * d)
-        point = [elementwise(M, h, 1, 1, "gelu forward"), elementwise(M, h, 2, 1, "gelu backward")]
+        point = [elementwise("gelu forward", 2 * M * h), elementwise("gelu backward", 3 * M * h)]
         return h, linear_layer(M, d, h) + point + linear_layer(M, h, d)
     if kind == "swiglu":
         h = parameters // (3 * d)
-        point = [elementwise(M, h, 2, 1, "silu * up forward"), elementwise(M, h, 3, 2, "silu * up backward")]
-        return h, linear_layer(M, d, 2 * h) + point + linear_layer(M, h, d)
-    norm = lambda h: [elementwise(M, h, 1, 1, "norm forward"), elementwise(M, h, 2, 1, "norm backward")]  # noqa: E731
+        point = [elementwise("silu * up forward", 3 * M * h), elementwise("silu * up backward", 5 * M * h)]
+        return h, 2 * linear_layer(M, d, h) + point + linear_layer(M, h, d)
+    norm = lambda h: [elementwise("norm forward", 2 * M * h), elementwise("norm backward", 3 * M * h)]  # noqa: E731
     if kind == "kan":
         h = parameters // (2 * d * (C + 1))
-        return h, kan_layer(M, d, h, C, order, block_o=block_o) + norm(h) + kan_layer(
-            M, h, d, C, order, block_o=block_o
-        )
+        return h, kan_layer(M, d, h, C) + norm(h) + kan_layer(M, h, d, C)
     if kind == "kan_mix":
         h = parameters // (d * (C + 2))
-        return h, linear_layer(M, d, h) + norm(h) + kan_layer(M, h, d, C, order, block_o=block_o)
+        return h, linear_layer(M, d, h) + norm(h) + kan_layer(M, h, d, C)
     if kind == "kan_gated":
         h = parameters // (d * (C + 2))
-        down = kan_layer(M, h, d, C, order, gate=True, base=False, block_o=block_o)
-        return h, linear_layer(M, d, 2 * h) + norm(h) + down
+        return h, 2 * linear_layer(M, d, h) + norm(h) + kan_layer(M, h, d, C, gate=True, base=False)
     raise ValueError(f"unknown block {kind!r}")
 
 
@@ -148,31 +109,25 @@ def main() -> None:
     parser.add_argument("--expansion", type=int, default=4, help="hidden size of the MLP in widths")
     parser.add_argument("--tflops", type=float, default=machine.tflops, help="bf16 matmul rate, TFLOP/s")
     parser.add_argument("--bandwidth", type=float, default=machine.bandwidth, help="memory, GB/s")
-    parser.add_argument("--sms", type=int, default=machine.sms)
-    parser.add_argument("--ghz", type=float, default=machine.ghz)
-    parser.add_argument("--block-o", type=int, default=256, help="outputs a program owns")
     args = parser.parse_args()
-    machine = Machine(args.tflops, args.bandwidth, args.sms, machine.lanes, args.ghz)
-    blocks = [("mlp", 0, 0), ("swiglu", 0, 0), ("kan", 8, 1), ("kan", 8, 2), ("kan", 8, 3)]
-    blocks += [("kan_mix", 7, 1), ("kan_gated", 4, 1), ("kan_gated", 8, 1)]
+    machine = Machine(args.tflops, args.bandwidth)
+    blocks = [("mlp", 0), ("swiglu", 0), ("kan", 8), ("kan_mix", 7), ("kan_gated", 4), ("kan_gated", 8)]
     print(f"{args.tokens} tokens, bf16, forward + backward, milliseconds; {machine}")
-    print(
-        f"{'block':22}{'d':>6}{'hidden':>8}{'tensor':>9}{'memory':>9}{'issue':>9}{'least':>9}{'most':>9}{'of mlp':>14}"
-    )
+    print(f"{'block':18}{'d':>6}{'hidden':>8}{'products':>10}{'the rest':>10}{'together':>10}{'of mlp':>8}")
     rows = []
     for d in args.width:
         reference = None
-        for kind, C, order in blocks:
-            hidden, kernels = block(kind, args.tokens, d, 2 * args.expansion * d * d, C, order, args.block_o)
-            times = [kernel.times(machine) for kernel in kernels]
-            total = {bound: 1e3 * sum(t[bound] for t in times) for bound in times[0]}
-            reference = reference or total
-            name = kind if not C else f"{kind} k={order} C={C}"
-            low, high = total["least"] / reference["least"], total["most"] / reference["most"]
-            print(
-                f"{name:22}{d:6}{hidden:8}" + "".join(f"{ms:9.3f}" for ms in total.values()) + f"{low:8.2f}-{high:.2f}"
+        for kind, C in blocks:
+            hidden, kernels = block(kind, args.tokens, d, 2 * args.expansion * d * d, C)
+            products, rest = (
+                1e3 * sum(machine.seconds(kernel) for kernel in kernels if kernel.product == wanted)
+                for wanted in (True, False)
             )
-            rows.append({"block": name, "width": d, "hidden": hidden, "milliseconds": total, "of_mlp": [low, high]})
+            reference = reference or products + rest
+            name, of_mlp = f"{kind} C={C}" if C else kind, (products + rest) / reference
+            print(f"{name:18}{d:6}{hidden:8}{products:10.3f}{rest:10.3f}{products + rest:10.3f}{of_mlp:8.2f}")
+            milliseconds = {"products": products, "rest": rest}
+            rows.append({"block": name, "width": d, "hidden": hidden, "milliseconds": milliseconds, "of_mlp": of_mlp})
     decode = [
         {"C": C, "order": k, "bytes_of_dense": decode_bytes(1, 1, 1, C, k) / (ELEMENT_BYTES * (C + 1))}
         for C, k in ((4, 1), (8, 1), (8, 3), (16, 3), (64, 3))
