@@ -110,14 +110,15 @@ def training(layer: Layer) -> list[Piece]:
     few = layer.rows(32)
     exact = few.double()
     settings = few.grid, G, k
-    phi = triton_kan.phi(x, gate, grid, G, k, weight.dtype)
+    phi = triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None)
     dinput = None if base is None else layer.dy @ base
     dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
 
     def phi_error() -> float:
         identity = torch.eye(terms, dtype=torch.float64, device=x.device)[:, :512]
-        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype)[:, :512]
-        arguments = exact.x, exact.gate, identity, exact.grid, None, G, k, act
+        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype, base is not None)[:, :512]
+        none = None if base is None else torch.zeros(identity.shape[1], len(exact.grid)).to(identity)
+        arguments = exact.x, exact.gate, identity, exact.grid, none, G, k, act
         return error(found, torch_kan.forward(*arguments))
 
     def gradients(needs: tuple[bool, bool, bool, bool]) -> Callable[[], float]:
@@ -133,9 +134,10 @@ def training(layer: Layer) -> list[Piece]:
     inward, outward = (True, gate is not None, False, False), (False, False, True, base is not None)
     forward_error = lambda: error(triton_kan.forward(*few.arguments), torch_kan.forward(*exact.arguments))  # noqa: E731
     fold = lambda: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act)  # noqa: E731
+    make_phi = lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None)  # noqa: E731
     extra = 0 if base is None else dinput.nbytes
     pieces = [
-        Piece("phi", lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype), inputs + phi.nbytes, "GB/s", phi_error),
+        Piece("phi", make_phi, inputs + phi.nbytes, "GB/s", phi_error),
         Piece("fold", fold, 2 * inputs + phi.nbytes + extra, "GB/s", gradients(inward)),
         Piece("product", lambda: phi @ weight, 2 * M * O * terms, "TFLOP/s", lambda: 0.0),
     ]

@@ -48,8 +48,9 @@ def kan_linear(
 
     Splines are evaluated in float32 at least (float64 for float64 x); the product runs in the weights' dtype (where
     autocast is on, its) with float32 accumulation. Outside the grid the splines fall to zero over k more knots and the
-    base term acts alone. NaN in x gives NaN in its row. Differentiable any number of times, backward and forward, and
-    under torch.func's transforms: what is not a first gradient goes through plain torch, Phi and all.
+    base term acts alone; without a base term they go on as constants, and x has no gradient there. NaN in x gives NaN
+    in its row. Differentiable any number of times, backward and forward, and under torch.func's transforms: what is not
+    a first gradient goes through plain torch, Phi and all.
 
     Args:
         x: (..., I), any float dtype.
@@ -323,7 +324,7 @@ def _plain(
     Phi has the functions outside and the inputs inside, and the weights follow: fused loops over C = 4 neighbours fill
     half a vector register, and take three times as long.
     """
-    phi = splines.basis(x, grid, grid_size, spline_order, dim=-2)  # (M, C, I)
+    phi = splines.basis(x, grid, grid_size, spline_order, dim=-2, constant_outside=base_weight is None)  # (M, C, I)
     if gate is not None:
         phi = phi * gate.unsqueeze(-2)
     weight = spline_weight.unflatten(0, (-1, grid_size + spline_order)).transpose(0, 1)  # (C, I, O)

@@ -124,9 +124,6 @@ class KANLinear(nn.Module):
         """x (..., I), gate (..., I) or None: (..., O)."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"this layer takes (..., {self.in_features}), got {tuple(x.shape)}")
-        if self.base_weight is None:
-            lo, hi = self.grid.to(x.dtype).unbind(-1)
-            x = x.clamp(lo, hi)
         return kan_linear(
             x,
             self.spline_weight,

@@ -81,7 +81,13 @@ def inverse_width(grid: Tensor, grid_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def basis(
-    x: Tensor, grid: Tensor, grid_size: int, spline_order: int, derivative: bool = False, dim: int = -1
+    x: Tensor,
+    grid: Tensor,
+    grid_size: int,
+    spline_order: int,
+    derivative: bool = False,
+    dim: int = -1,
+    constant_outside: bool = False,
 ) -> Tensor:
     """All splines at x, or their derivatives in x: (..., I) to (..., I, C).
 
@@ -91,11 +97,15 @@ def basis(
         x: (..., I), any float dtype.
         grid: (2,) or (I, 2), the ends of the grid.
         dim: -1, or -2 for (..., C, I).
+        constant_outside: beyond the grid, take its closest point (values only).
     """
     if spline_order > 3 and not derivative:
         return cox_de_boor(x, grid, grid_size, spline_order).movedim(-1, dim)
-    # Clamped just past the last knot, where every spline is zero: infinite x must not meet its own square.
-    t = _position(x, grid, grid_size).clamp(-(spline_order + 1), grid_size + spline_order + 1)
+    t = _position(x, grid, grid_size)
+    if constant_outside:
+        t = torch.where(t >= grid_size, grid_size, t.clamp_min(0))  # no slope from the right of the last knot
+    else:  # clamped just past the last knot, where every spline is zero: infinite x must not meet its own square
+        t = t.clamp(-(spline_order + 1), grid_size + spline_order + 1)
     c = torch.arange(num_basis(grid_size, spline_order), dtype=t.dtype, device=t.device)
     centres = c + (1 - spline_order) / 2
     s = t.unsqueeze(dim) - (centres if dim == -1 else centres.unsqueeze(-1))
@@ -104,14 +114,17 @@ def basis(
     return cardinal_derivative(s, spline_order) * inverse_width(grid, grid_size, t.dtype).unsqueeze(dim)
 
 
-def live_basis(x: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> tuple[Tensor, Tensor]:
-    """Where the k + 1 splines that can be non-zero at x begin.
+def live_basis(
+    x: Tensor, grid: Tensor, grid_size: int, spline_order: int, constant_outside: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Where the k + 1 splines that can be non-zero at x, or at the grid's closest point to it, begin.
 
     Returns:
         first: (..., I) int64 in [0, G-1]; the live splines are first .. first + k.
         s: (..., I), the position relative to the first one's centre: spline first + r has the value M_k(s - r).
     """
     t = _position(x, grid, grid_size)
+    t = t.clamp(0, grid_size) if constant_outside else t
     first = t.floor().long().clamp_(0, grid_size - 1)  # NaN becomes some integer here and stays NaN in s
     return first, t - (first + (1 - spline_order) / 2)
 

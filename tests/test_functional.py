@@ -38,7 +38,7 @@ def tensors(rows, spline_order, gated=False, based=True, dtype=torch.float64, x_
 def reference(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation="silu"):
     """The formula with Phi written out, in float64."""
     x, spline_weight = x.double(), spline_weight.double()
-    phi = splines.basis(x, grid, grid_size, spline_order)
+    phi = splines.basis(x, grid, grid_size, spline_order, constant_outside=base_weight is None)
     base = torch_kan.activation(x, base_activation)
     if gate is not None:
         phi, base = phi * gate.double().unsqueeze(-1), base * gate.double()
@@ -411,3 +411,25 @@ def test_triton_says_why_it_cannot_run():
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert "RuntimeError: backend 'triton' cannot run here: " in run.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 300])  # live rows, and the product
+@pytest.mark.parametrize("spline_order", [1, 2, 3])
+def test_without_base_the_ends_go_on_as_constants(spline_order, rows, dtype):
+    t = tensors(rows, spline_order, gated=True, based=False, dtype=dtype)
+    lo, hi = t["grid"].unbind(-1)
+    far = torch.where(torch.rand(rows, I) < 0.5, lo - 0.3 * torch.rand(rows, I), hi + 0.3 * torch.rand(rows, I))
+    far[0] = torch.tensor([torch.inf, -torch.inf] * I)[:I]
+    some = torch.rand(rows, I) < 0.3
+    some[0] = True
+    x = torch.where(some, far, t["x"].detach().float()).to(dtype).requires_grad_()
+    y = layer(t | {"x": x}, spline_order)
+    # The bounds are exact, also where x has fewer bits than they.
+    at_the_ends = layer(t | {"x": x.double().clamp(lo, hi)}, spline_order)
+    assert_close(y, at_the_ends, 1e-12 if dtype == torch.float64 else 2e-2)
+    y.sum().backward()
+    outside = (x < lo) | (x > hi)
+    assert outside.any()
+    assert (x.grad[outside] == 0).all()
+    assert (x.grad[(x > lo) & (x < hi)] != 0).float().mean() > 0.9

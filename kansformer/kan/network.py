@@ -124,7 +124,7 @@ class KANLayer(nn.Module):
     def _fused(self, x: Tensor) -> Tensor:
         linear, (spline, base) = self.linear, self._weights()
         return kan_linear(
-            x if base is not None else x.clamp(*linear.grid.to(x.dtype).unbind(-1)),
+            x,
             spline.flatten(0, 1),
             linear.grid,
             grid_size=linear.grid_size,

@@ -2,6 +2,8 @@
 
     y[m, o] = sum_i gate[m, i] * ( base_weight[o, i] * act(x[m, i]) + sum_c W[i*C + c, o] * B_c(x[m, i]) )
 
+Without a base term the splines go on as constants beyond the grid: x is taken as the grid's closest point.
+
 M rows (tokens), I in, O out, C = G + k splines an edge. Phi (rows, I*C) holds the splines of a chunk of rows. A chunk
 is small enough for the cache, and nothing of size M*I*C ever exists: backward evaluates Phi again from x. Only the
 k + 1 live splines of an input are computed, scattered into a zeroed Phi on the way to the matrix product and gathered
@@ -36,14 +38,14 @@ def forward(
     dtype = spline_weight.dtype
     y = None if base_weight is None else F.linear(base_input(x, gate, base_activation, dtype), base_weight)
     if use_decode(x.shape[0], grid_size + spline_order, spline_order, x.device.type):
-        splines_alone = _decode(x, gate, spline_weight, grid, grid_size, spline_order)
+        splines_alone = _decode(x, gate, spline_weight, grid, grid_size, spline_order, base_weight is None)
         return splines_alone if y is None else y.add_(splines_alone)
     if y is None:
         y = x.new_zeros(x.shape[0], spline_weight.shape[1], dtype=dtype)
     phi = None
     for rows in _chunks(x, spline_weight):
         phi = _buffer(phi, len(x[rows]), spline_weight)
-        columns, values, _ = _live(x[rows], grid, grid_size, spline_order)
+        columns, values, _ = _live(x[rows], grid, grid_size, spline_order, base_weight is None)
         _scatter(columns, values, None if gate is None else gate[rows], phi)
         y[rows].addmm_(phi, spline_weight)
     return y
@@ -66,7 +68,7 @@ def decode_int8(
     base_activation: str,
 ) -> Tensor:
     """`forward` with spline_weight = quantized * scale[:, None], (I*C, O) int8 and (I*C,), for few rows."""
-    columns, values, _ = _live(x, grid, grid_size, spline_order)
+    columns, values, _ = _live(x, grid, grid_size, spline_order, base_weight is None)
     if gate is not None:
         values = values * gate.unsqueeze(1)
     columns, values = columns.flatten(1), values.flatten(1)
@@ -104,7 +106,7 @@ def backward(
     buffer = None
     for rows in _chunks(x, spline_weight):
         dy_rows, x_rows, gate_rows = dy[rows], x[rows], None if gate is None else gate[rows]
-        columns, values, slopes = _live(x_rows, grid, grid_size, spline_order, slopes=need_x)
+        columns, values, slopes = _live(x_rows, grid, grid_size, spline_order, base_weight is None, need_x)
         buffer = _buffer(buffer, len(x_rows), spline_weight)
         if need_spline:
             _scatter(columns, values, gate_rows, buffer)
@@ -178,12 +180,17 @@ def _chunks(x: Tensor, spline_weight: Tensor) -> list[slice]:
 
 
 def _live(
-    x: Tensor, grid: Tensor, grid_size: int, spline_order: int, slopes: bool = False
+    x: Tensor, grid: Tensor, grid_size: int, spline_order: int, constant_outside: bool, slopes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Columns in Phi, values and (if asked) derivatives in t of the k + 1 live splines, each (rows, k + 1, I)."""
-    first, s = splines.live_basis(x, grid, grid_size, spline_order)
+    first, s = splines.live_basis(x, grid, grid_size, spline_order, constant_outside)
     r = torch.arange(spline_order + 1, device=x.device).unsqueeze(-1)
-    if x.device.type == "cpu" and (spline_order > 1 or slopes):  # elsewhere nonzero would wait for the device
+    if constant_outside:
+        values, derivatives = _inside(s + (1 - spline_order) / 2, spline_order, slopes)
+        if slopes:
+            lo, hi = grid.unbind(-1)
+            derivatives.masked_fill_(((x < lo) | (x >= hi)).unsqueeze(1), 0)
+    elif x.device.type == "cpu" and (spline_order > 1 or slopes):  # elsewhere nonzero would wait for the device
         u = s + (1 - spline_order) / 2
         values, derivatives = _inside(u, spline_order, slopes)
         outside = ((u < 0) | (u >= 1)).nonzero(as_tuple=True)
@@ -266,11 +273,19 @@ def _scatter(columns: Tensor, values: Tensor, gate: Tensor | None, phi: Tensor) 
     phi.zero_().scatter_(1, columns.flatten(1), values.to(phi.dtype).flatten(1))
 
 
-def _decode(x: Tensor, gate: Tensor | None, weight: Tensor, grid: Tensor, grid_size: int, spline_order: int) -> Tensor:
+def _decode(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    grid: Tensor,
+    grid_size: int,
+    spline_order: int,
+    constant_outside: bool,
+) -> Tensor:
     """The spline term for few rows: a weighted sum of the live coefficient rows. Few operations, because each of them
     costs more than what it does where a layer is small."""
     rows, inputs = x.shape
-    first, s = splines.live_basis(x, grid, grid_size, spline_order)
+    first, s = splines.live_basis(x, grid, grid_size, spline_order, constant_outside)
     r = torch.arange(spline_order + 1, device=x.device)
     values, _ = _cardinal(s.unsqueeze(-1) - r, spline_order, False)  # (rows, I, k + 1)
     if gate is not None:

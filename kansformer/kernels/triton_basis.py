@@ -46,6 +46,13 @@ def divide(a, b):
 
 
 @triton.jit
+def clamped(t, GRID_SIZE: tl.constexpr):
+    """The closest point of the grid, [0, G] in t."""
+    t = tl.minimum(t, GRID_SIZE * 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def first_live(t, GRID_SIZE: tl.constexpr):
     """The first of the k + 1 functions that are not zero at t = (x - lo)/h; beyond the grid the outermost ones."""
     return tl.floor(tl.minimum(tl.maximum(tl.where(t == t, t, 0.0), 0.0), GRID_SIZE - 1.0))

@@ -6,7 +6,8 @@ f = floor((x - lo)/h) clamped to [0, G - 1]: inside the grid every other spline 
 reach x are among the outermost k + 1. The live rows i*C + f .. i*C + f + k are adjacent. Few rows are bound by reading
 weights, and this reads (k + 1 + base) / (C + base) of their bytes.
 
-A program owns BLOCK_O outputs of one row m and a share of I; shares are summed by a second kernel in a fixed order.
+Without a base term x is taken as the grid's closest point. A program owns BLOCK_O outputs of one row m and a share of
+I; shares are summed by a second kernel in a fixed order.
 Letters as in `triton_kan`.
 """
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import activation, first_live, grid_scale, spline
+from kansformer.kernels.triton_basis import activation, clamped, first_live, grid_scale, spline
 
 # A share of I per program is at least this long: one partial sum written and read (8 bytes, in L2) per 2 * (k + 1) * 16
 # bytes of 16-bit weights read.
@@ -63,6 +64,8 @@ def _kan_decode_kernel(
             gate = tl.load(gate_ptr + m * stride_gm + i * stride_gi, mask=in_i, other=0.0).to(tl.float32)
         lo, inverse_width = grid_scale(grid_ptr, i, stride_grid, I, GRID_SIZE)
         t = (x - lo) * inverse_width
+        if not HAS_BASE:
+            t = clamped(t, GRID_SIZE)
         first = first_live(t, GRID_SIZE)
         row = i * C + first.to(tl.int64)
         rows_ptr = w_ptr + (row * O)[:, None]

@@ -32,6 +32,7 @@ from kansformer.kernels import torch_kan
 from kansformer.kernels.triton_basis import (
     activation,
     activation_derivative,
+    clamped,
     first_live,
     grid_scale,
     spline,
@@ -49,7 +50,7 @@ PHI_TILE, FOLD_TILE = (4, 1024), (2, 1024)
 @triton.jit(do_not_specialize=["M"])
 def _phi_kernel(
     phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BASE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Phi for C = BLOCK_C, a power of 2: x is read and scaled once an input."""
@@ -61,8 +62,10 @@ def _phi_kernel(
     inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
     x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
     lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
-    phi = spline(t[:, :, None] - offs_c[None, None, :], ORDER)
+    t = (x - lo[None, :]) * inverse_width[None, :]
+    if not HAS_BASE:
+        t = clamped(t, GRID_SIZE)
+    phi = spline((t - (1 - ORDER) / 2)[:, :, None] - offs_c[None, None, :], ORDER)
     if HAS_GATE:
         gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
         phi *= gate[:, :, None]
@@ -73,7 +76,7 @@ def _phi_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _phi_flat_kernel(
     phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BASE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Phi for any C, columns n = i*C + c: wide stores, though every element reads its x."""
@@ -86,8 +89,10 @@ def _phi_flat_kernel(
     inside = (offs_m < M - first_m)[:, None] & (offs_n < I * C)[None, :]
     x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
     lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :] - (1 - ORDER) / 2
-    phi = spline(t - (offs_n % C)[None, :], ORDER)
+    t = (x - lo[None, :]) * inverse_width[None, :]
+    if not HAS_BASE:
+        t = clamped(t, GRID_SIZE)
+    phi = spline(t - (1 - ORDER) / 2 - (offs_n % C)[None, :], ORDER)
     if HAS_GATE:
         phi *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
     offs = offs_m[:, None] * (I * C) + offs_n[None, :]
@@ -119,6 +124,9 @@ def _fold_kernel(
     first = first_m * I
     offs = offs_m[:, None] * I + offs_i[None, :]
     dphi_ptr += first * C
+    outside = (t < 0) | (t >= GRID_SIZE)
+    if not HAS_BASE:
+        t = clamped(t, GRID_SIZE)
     live = first_live(t, GRID_SIZE)
     s = t - live - (1 - ORDER) / 2
     dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
@@ -128,6 +136,8 @@ def _fold_kernel(
         dx += dphi * spline_derivative(s - r, ORDER)
         dgate += dphi * spline(s - r, ORDER)
     dx *= inverse_width[None, :]
+    if not HAS_BASE:
+        dx = tl.where(outside, 0.0, dx)
     if HAS_BASE:
         dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
         dx += dbase * activation_derivative(x, ACTIVATION)
@@ -201,7 +211,7 @@ def forward(
     if base_weight is not None:
         torch.mm(torch_kan.base_input(x, gate, base_activation, y.dtype), base_weight.mT, out=y)
     for rows in _chunks(M, I * C * spline_weight.element_size()):
-        a = phi(x[rows], _part(gate, rows), grid, grid_size, spline_order, spline_weight.dtype)
+        a = phi(x[rows], _part(gate, rows), grid, grid_size, spline_order, y.dtype, base_weight is not None)
         torch.addmm(y[rows], a, spline_weight, beta=0 if base_weight is None else 1, out=y[rows])
     return y
 
@@ -258,14 +268,22 @@ def backward(
             fold(dx[rows], _part(dgate, rows), a, dinput, *parts, base_activation, make_phi)
             a = a if make_phi else None
         if needs_weight:
-            a = phi(*parts, dtype) if a is None else a
+            a = phi(*parts, dtype, base_weight is not None) if a is None else a
             dweight = a.mT @ dy[rows] if len(chunks) == 1 else dweight.add_(a.mT @ dy[rows])
     dbase = dy.mT @ torch_kan.base_input(x, gate, base_activation, dtype) if needs_base else None
     return dx if needs_x else None, dgate if needs_gate else None, dweight.to(dtype) if needs_weight else None, dbase
 
 
-def phi(x: Tensor, gate: Tensor | None, grid: Tensor, grid_size: int, spline_order: int, dtype: torch.dtype) -> Tensor:
-    """Phi (M, I*C) in `dtype`."""
+def phi(
+    x: Tensor,
+    gate: Tensor | None,
+    grid: Tensor,
+    grid_size: int,
+    spline_order: int,
+    dtype: torch.dtype,
+    based: bool,
+) -> Tensor:
+    """Phi (M, I*C) in `dtype`; without a base term, of the grid's closest point to x."""
     (M, I), C = x.shape, grid_size + spline_order
     out = x.new_empty(M, I * C, dtype=dtype)
     if out.numel() == 0:
@@ -275,9 +293,9 @@ def phi(x: Tensor, gate: Tensor | None, grid: Tensor, grid_size: int, spline_ord
     with torch.cuda.device_of(x):
         if _power_of_2(C):
             sides = _tile(PHI_TILE, I, C)
-            _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, *sides, C)
+            _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, based, *sides, C)
         else:
-            _phi_flat_kernel[_programs(M, I * C, *PHI_TILE)](*arguments, gate is not None, *PHI_TILE)
+            _phi_flat_kernel[_programs(M, I * C, *PHI_TILE)](*arguments, gate is not None, based, *PHI_TILE)
     return out
 
 
