@@ -23,7 +23,7 @@ from pathlib import Path
 from harness import GPU_TESTS, ROOT, write_json
 
 BLOCKS = ["benchmarks/bench_ffn.py", "--device", "cuda", "--no_tests"]
-AHEAD = [[*BLOCKS, "--rounds", "1", "--decode_size", "64", "--hidden_size", d] for d in ("768", "1024", "2048", "4096")]
+AHEAD = [[*BLOCKS, "--rounds", "1", "--hidden_size", d] for d in ("768", "1024", "2048", "4096")]
 # name: (seconds, arguments)
 STEPS = {
     "tests": (200, [*GPU_TESTS, "--numprocesses", "8"]),
