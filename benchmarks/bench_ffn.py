@@ -313,7 +313,12 @@ def graph(calls: list[Callable]) -> Callable:
     with torch.cuda.graph(captured):
         for call in calls:
             call()
-    return captured.replay
+
+    def replay() -> list[Callable]:
+        captured.replay()
+        return calls  # and so the weights live, which a graph does not hold
+
+    return replay
 
 
 def bytes_read(module: nn.Module) -> int:
@@ -340,6 +345,7 @@ def training_table(result: dict) -> str:
         "TFLOP/s",
         "saved MB",
         "vs MLP",
+        "peak MB",
     ]
     rows = []
     for r in result["training"]:
@@ -356,6 +362,7 @@ def training_table(result: dict) -> str:
                 f"{r['step_tflops']:.3g}",
                 f"{r['saved_mb']:.1f}",
                 f"{r['saved_ratio']:.2f}x",
+                "-" if r["peak_mb"] is None else f"{r['peak_mb']:,.0f}",
             ]
         )
     first = result["training"][0]

@@ -32,8 +32,8 @@ from kansformer.layers import match_intermediate_size
 
 # (block, C, k): its layer h -> d
 LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan_mix", 7, 1), ("kan", 8, 3))
-CHUNK_MIB = (512, 64, 128, 256, 1024)
-DECODE = ({}, {"BLOCK_I": 8}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "BLOCK_O": 128}, {"BLOCK_I": 8, "BLOCK_O": 128})
+CHUNK_MIB = (triton_kan.CHUNK_BYTES // 2**20, 64, 128, 256, 512)
+DECODE = ({}, {"num_warps": 4}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "num_warps": 4}, {"BLOCK_O": 128})
 COLD_BYTES = 400e6  # of weights in turn: several times any cache
 WORST = 0.02  # of the norm, in bfloat16
 
@@ -133,7 +133,7 @@ def training(layer: Layer) -> list[Piece]:
 
     inward, outward = (True, gate is not None, False, False), (False, False, True, base is not None)
     forward_error = lambda: error(triton_kan.forward(*few.arguments), torch_kan.forward(*exact.arguments))  # noqa: E731
-    fold = lambda: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act)  # noqa: E731
+    fold = lambda *phi_too: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act, *phi_too)  # noqa: E731
     make_phi = lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None)  # noqa: E731
     extra = 0 if base is None else dinput.nbytes
     pieces = [
@@ -141,6 +141,9 @@ def training(layer: Layer) -> list[Piece]:
         Piece("fold", fold, 2 * inputs + phi.nbytes + extra, "GB/s", gradients(inward)),
         Piece("product", lambda: phi @ weight, 2 * M * O * terms, "TFLOP/s", lambda: 0.0),
     ]
+    if (G + k) & (G + k - 1) == 0:
+        moved = 2 * inputs + 2 * phi.nbytes + extra
+        pieces.append(Piece("fold and phi", lambda: fold(True), moved, "GB/s", gradients((*inward[:2], True, False))))
     for mib in CHUNK_MIB:
         note = f", chunks of {mib} MiB" if mib != CHUNK_MIB[0] else ""
         if note and M * terms * size <= mib * 2**20:

@@ -99,9 +99,11 @@ def basis(
         dim: -1, or -2 for (..., C, I).
         constant_outside: beyond the grid, take its closest point (values only).
     """
+    if constant_outside and (derivative or spline_order > 3):
+        raise ValueError("constant_outside is for values, and spline_order 1, 2 and 3")
     if spline_order > 3 and not derivative:
         return cox_de_boor(x, grid, grid_size, spline_order).movedim(-1, dim)
-    t = _position(x, grid, grid_size)
+    t = position(x, grid, grid_size)
     if constant_outside:
         t = torch.where(t >= grid_size, grid_size, t.clamp_min(0))  # no slope from the right of the last knot
     else:  # clamped just past the last knot, where every spline is zero: infinite x must not meet its own square
@@ -123,7 +125,7 @@ def live_basis(
         first: (..., I) int64 in [0, G-1]; the live splines are first .. first + k.
         s: (..., I), the position relative to the first one's centre: spline first + r has the value M_k(s - r).
     """
-    t = _position(x, grid, grid_size)
+    t = position(x, grid, grid_size)
     t = t.clamp(0, grid_size) if constant_outside else t
     first = t.floor().long().clamp_(0, grid_size - 1)  # NaN becomes some integer here and stays NaN in s
     return first, t - (first + (1 - spline_order) / 2)
@@ -178,8 +180,8 @@ def refit(
     unit = (torch.arange(points, dtype=torch.float64, device=grid.device) + 0.5) / points
     lo, hi = new_grid.double().unbind(-1)
     x = lo + (hi - lo) * unit.unsqueeze(-1).expand(points, *lo.shape if lo.dim() else (1,))  # (P, I) or (P, 1)
-    at = x.clamp(*grid.double().unbind(-1)) if constant_outside else x
-    old = basis(at, grid, grid_size, spline_order).transpose(0, 1)  # (I or 1, P, C)
+    old = basis(x, grid.double(), grid_size, spline_order, constant_outside=constant_outside)
+    old = old.transpose(0, 1)  # (I or 1, P, C)
     new = basis(x, new_grid, new_grid_size, spline_order).transpose(0, 1)
     transfer = least_squares(new, old.expand(max(old.shape[0], new.shape[0]), -1, -1))  # (I or 1, C', C)
     weight = spline_weight.double().unflatten(0, (-1, count))  # (I, C, O)
@@ -195,8 +197,8 @@ def least_squares(a: Tensor, b: Tensor) -> Tensor:
     return vh.mT @ (inverse.unsqueeze(-1) * (u.mT @ (q.mT @ b)))
 
 
-def _position(x: Tensor, grid: Tensor, grid_size: int) -> Tensor:
-    """t = (x - lo) / h in at least float32."""
+def position(x: Tensor, grid: Tensor, grid_size: int) -> Tensor:
+    """t = (x - lo) / h in at least float32: 0 to G on the grid."""
     x = _upcast(x)
     return (x - grid[..., 0].to(x.dtype)) * inverse_width(grid, grid_size, x.dtype)
 

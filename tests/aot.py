@@ -146,8 +146,7 @@ def main() -> None:
     for case in json.load(sys.stdin):
         for launch in launches(Case(**case), capability):
             resources = launch.compile(capability)
-            tile = {k: v for k, v in launch.kwargs.items() if k.startswith(("BLOCK", "num_"))}
-            print(json.dumps({"case": case, "tile": tile, **dataclasses.asdict(resources)}), flush=True)
+            print(json.dumps({"case": case, **dataclasses.asdict(resources)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,29 @@ def test_on_knots_at_the_ends_and_far_outside(k):
     check(layer, forward=triton_decode.decode, backward=False)
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_a_slope_next_to_a_knot_is_that_of_one_side(base):
+    """t rounds to a knot from below here and there: dx is then the slope of the interval before or after it."""
+    layer = make(2048, 8, 6, 7, 1, gate=False, base=base)
+    lo, hi = layer.grid.unbind(-1)
+    knot = lo + (hi - lo) / 7 * torch.randint(1, 7, (2048, 8), device=DEVICE)
+    steps = torch.randint(-2, 3, knot.shape, device=DEVICE, dtype=torch.int32)
+    layer.x = (knot.view(torch.int32) + steps).view(torch.float32)
+    dx = triton_kan.backward(layer.dy, *layer.arguments, (True, False, False, False))[0]
+    h = ((hi - lo) / 7).double()
+    sides = []
+    for side in (-0.25, 0.25):
+        there = dataclasses.replace(layer, x=knot.double() + side * h).double()
+        without = dataclasses.replace(there, base_weight=None)
+        sides.append(torch_kan.backward(there.dy, *without.arguments, (True, False, False, False))[0])
+    if base:
+        at = dataclasses.replace(layer, spline_weight=0 * layer.spline_weight).double()
+        slope = torch_kan.backward(at.dy, *at.arguments, (True, False, False, False))[0]
+        sides = [side + slope for side in sides]
+    off = torch.stack([(dx - side).abs() for side in sides]).amin(0)
+    assert (off < 1e-4 * (1 + sides[0].abs())).all()
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("forward", [triton_kan.forward, triton_decode.decode])
 def test_nan_in_nan_out(k, forward):

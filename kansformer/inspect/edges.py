@@ -38,9 +38,8 @@ CHUNK = 2**22
 
 def edge_basis(layer: KANLinear, x: Tensor) -> Tensor:
     """psi(x), the functions that every edge of an input is a combination of: (..., I) to float64 (..., I, P)."""
-    x = x.double()
-    at = x.clamp(*layer.grid.double().unbind(-1)) if layer.base_weight is None else x
-    psi = splines.basis(at, layer.grid, layer.grid_size, layer.spline_order)
+    x, based = x.double(), layer.base_weight is not None
+    psi = splines.basis(x, layer.grid.double(), layer.grid_size, layer.spline_order, constant_outside=not based)
     if layer.base_weight is None:
         return psi
     return torch.cat([psi, activation(x, layer.base_activation).unsqueeze(-1)], -1)
@@ -67,8 +66,8 @@ def edge_curves(layer: KANLinear, edges: Tensor, points: Tensor) -> Tensor:
     i, o = edges.unbind(-1)
     grid = layer.grid[i].double()
     x = points.double().mT
-    at = x.clamp(*grid.unbind(-1)) if layer.base_weight is None else x
-    psi = splines.basis(at, grid, layer.grid_size, layer.spline_order)  # (N, E, C)
+    constant = layer.base_weight is None
+    psi = splines.basis(x, grid, layer.grid_size, layer.spline_order, constant_outside=constant)  # (N, E, C)
     weights = layer.spline_weight.unflatten(0, (layer.in_features, layer.num_basis))[i, :, o].double()
     curves = (psi * weights).sum(-1)
     if layer.base_weight is not None:

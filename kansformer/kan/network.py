@@ -4,8 +4,8 @@
     node_j = (sum_i phi_ji(x_i)) * (sum_i phi_j'i(x_i))                  Liu et al. 2024, arXiv:2408.10205, section 2
 
 N rows (samples), I in, O out (subnodes: what an edge ends in, before products), C = G + k splines an edge. Small
-networks pay for operations, not for arithmetic, so a layer whose basis is small writes it down, as the fused operator
-never does; edges are a batched product, no loop over in x out exists.
+networks pay for operations, not for arithmetic, so a layer whose basis is small writes it down and keeps it, as the
+operator never does; edges are a batched product, no loop over in x out exists.
 """
 
 import copy
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kansformer import splines
 from kansformer.functional import kan_linear, under_transform
 from kansformer.kan import fitting, formula, plot, pruning, storage, symbolic
 from kansformer.kernels import torch_kan
@@ -100,10 +101,10 @@ class KANLayer(nn.Module):
         """t = (x - lo) / h (I, N), and 1 / h (I, 1). Without a base term, outside is the closest point of the grid."""
         lo, hi = self.linear.grid.to(x.dtype).unsqueeze(-1).unbind(1)
         inverse_width = self.linear.grid_size / (hi - lo)
-        x = x.mT.contiguous()
+        t = (x.mT.contiguous() - lo).mul(inverse_width)
         if self.linear.base_weight is None:
-            x = x.clamp(lo, hi)
-        return (x - lo).mul(inverse_width), inverse_width
+            t = torch.where(t >= self.linear.grid_size, self.linear.grid_size, t.clamp_min(0))
+        return t, inverse_width
 
     def _act(self, x: Tensor) -> Tensor | None:
         name = self.linear.base_activation
@@ -360,8 +361,8 @@ class _Dense(torch.autograd.Function):
         if needs[0]:
             dx = dphi.mul_(slopes).sum(1).mul_(inverse_width).mT
             if base is None:
-                lo, hi = layer.linear.grid.to(x.dtype).unbind(-1)
-                dx = dx * ((x >= lo) & (x <= hi))
+                t = splines.position(x, layer.linear.grid, layer.linear.grid_size)
+                dx = dx * ((t >= 0) & (t < layer.linear.grid_size))
             else:
                 dx = dx + torch_kan._activation_backward(dact, x, layer.linear.base_activation)
         return dx, dspline, dbase, None, None, None

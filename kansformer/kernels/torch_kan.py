@@ -188,8 +188,8 @@ def _live(
     if constant_outside:
         values, derivatives = _inside(s + (1 - spline_order) / 2, spline_order, slopes)
         if slopes:
-            lo, hi = grid.unbind(-1)
-            derivatives.masked_fill_(((x < lo) | (x >= hi)).unsqueeze(1), 0)
+            t = splines.position(x, grid, grid_size)
+            derivatives.masked_fill_(((t < 0) | (t >= grid_size)).unsqueeze(1), 0)
     elif x.device.type == "cpu" and (spline_order > 1 or slopes):  # elsewhere nonzero would wait for the device
         u = s + (1 - spline_order) / 2
         values, derivatives = _inside(u, spline_order, slopes)
@@ -296,8 +296,8 @@ def _decode(
     most = math.ceil(DECODE_BAGS / rows)
     bags = max(n for n in range(1, most + 1) if inputs % n == 0)
     shape = rows * bags, -1
-    index = (first.unsqueeze(-1) + r).view(shape)
-    sums = F.embedding_bag(index, weight, mode="sum", per_sample_weights=values.view(shape).to(weight.dtype))
+    index = (first.unsqueeze(-1) + r).reshape(shape)
+    sums = F.embedding_bag(index, weight, mode="sum", per_sample_weights=values.reshape(shape).to(weight.dtype))
     return sums if bags == 1 else sums.view(rows, bags, -1).sum(1)
 
 

@@ -22,7 +22,7 @@ def positive(a):
 
 @triton.jit
 def grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE: tl.constexpr):
-    """lo and 1/h of the features `offs_i`; (0, G) beyond I, where the weights are masked to zero."""
+    """lo and 1/h of the features `offs_i`; (0, G) beyond I, where nothing is stored or weights are masked."""
     inside = offs_i < I
     lo = tl.load(grid_ptr + offs_i * stride_grid, mask=inside, other=0.0)
     hi = tl.load(grid_ptr + offs_i * stride_grid + 1, mask=inside, other=1.0)

@@ -30,7 +30,7 @@ PROGRAMS_PER_SM = 16
 def use_decode(M: int, I: int, O: int, C: int, spline_order: int) -> bool:
     """Whether `decode` moves fewer bytes than the matrix product: each of M rows reads k + 1 of C coefficient rows.
 
-    A prediction from bytes alone until it is measured: it counts every row's reads as misses.
+    Measured for one row; for more a prediction from bytes alone, which counts every row's reads as misses.
     """
     return 0 < M <= 64 and M * (spline_order + 1) <= C
 

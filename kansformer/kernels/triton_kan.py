@@ -14,8 +14,8 @@ dgate; both move every element once and are bound by that: against the products 
 live for one product, in chunks of rows of at most CHUNK_BYTES, and are never saved; where C is a power of 2, the kernel
 that folds dPhi leaves Phi in its place for dW. Only dW adds chunks up, in a fixed order: runs are bit-equal.
 
-Evaluating splines inside a matrix kernel, so that Phi never exists, was built first and measured on an H200: 380
-TFLOP/s in forward and 350 in dW where this reaches 570 to 720 with all passes counted (benchmarks/results/LOG.md).
+Evaluating splines inside a matrix kernel, so that Phi never exists, was built first and measured on an H200: 365 to 409
+TFLOP/s in forward and 299 to 350 in dW, where this has 529 to 818 and 504 to 804 (benchmarks/results/LOG.md).
 
 Splines are float32 throughout, Phi and the products in the weights' dtype with float32 accumulation (float32: tf32 or
 exact, as `torch.backends.cuda.matmul` says).
@@ -42,7 +42,7 @@ from kansformer.kernels.triton_decode import decode, use_decode
 
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK_BYTES = 2**30  # of Phi or dPhi
+CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
 # Rows and columns of Phi of a program of four warps, measured on an H200 (benchmarks/results/LOG.md).
 PHI_TILE, FOLD_TILE = (4, 1024), (2, 1024)
 
@@ -211,8 +211,8 @@ def forward(
     if base_weight is not None:
         torch.mm(torch_kan.base_input(x, gate, base_activation, y.dtype), base_weight.mT, out=y)
     for rows in _chunks(M, I * C * spline_weight.element_size()):
-        a = phi(x[rows], _part(gate, rows), grid, grid_size, spline_order, y.dtype, base_weight is not None)
-        torch.addmm(y[rows], a, spline_weight, beta=0 if base_weight is None else 1, out=y[rows])
+        parts = x[rows], _part(gate, rows), grid, grid_size, spline_order, y.dtype, base_weight is not None
+        y[rows].addmm_(phi(*parts), spline_weight, beta=0 if base_weight is None else 1)
     return y
 
 
@@ -256,8 +256,9 @@ def backward(
     dx = x.new_empty(M, I) if inward else None
     dgate = gate.new_empty(M, I) if inward and gate is not None else None
     chunks = _chunks(M, I * C * spline_weight.element_size())
-    # Chunks add up in float32, in a fixed order.
-    dweight = spline_weight.new_zeros(spline_weight.shape, dtype=torch.float32) if len(chunks) != 1 else None
+    dweight = None
+    if needs_weight and len(chunks) != 1:  # they add up in float32, in a fixed order
+        dweight = spline_weight.new_zeros(spline_weight.shape, dtype=torch.float32)
     for rows in chunks:
         parts = x[rows], _part(gate, rows), grid, grid_size, spline_order
         a = None
@@ -323,6 +324,7 @@ def fold(
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
             M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order, base_activation,
             gate is not None, dbase is not None, make_phi, *sides,
+            enable_fp_fusion=False,  # t - live in one rounding would leave the live interval, where slopes jump
         )  # fmt: skip
 
 
