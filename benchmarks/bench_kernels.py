@@ -23,7 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from bench_ffn import matmul_ceiling
+from bench_ffn import COLD_BYTES, matmul_ceiling
 from harness import RESULTS, environment, header, markdown, side_by_side, summary, write, write_json
 from torch import Tensor
 
@@ -34,7 +34,6 @@ from kansformer.layers import match_intermediate_size
 LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan_mix", 7, 1), ("kan", 8, 3))
 CHUNK_MIB = (triton_kan.CHUNK_BYTES // 2**20, 64, 128, 256, 512)
 DECODE = ({}, {"num_warps": 4}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "num_warps": 4}, {"BLOCK_O": 128})
-COLD_BYTES = 400e6  # of weights in turn: several times any cache
 WORST = 0.02  # of the norm, in bfloat16
 
 
@@ -141,7 +140,7 @@ def training(layer: Layer) -> list[Piece]:
         Piece("fold", fold, 2 * inputs + phi.nbytes + extra, "GB/s", gradients(inward)),
         Piece("product", lambda: phi @ weight, 2 * M * O * terms, "TFLOP/s", lambda: 0.0),
     ]
-    if (G + k) & (G + k - 1) == 0:
+    if triton_kan.power_of_2(G + k):
         moved = 2 * inputs + 2 * phi.nbytes + extra
         pieces.append(Piece("fold and phi", lambda: fold(True), moved, "GB/s", gradients((*inward[:2], True, False))))
     for mib in CHUNK_MIB:

@@ -104,10 +104,9 @@ def basis(
     if spline_order > 3 and not derivative:
         return cox_de_boor(x, grid, grid_size, spline_order).movedim(-1, dim)
     t = position(x, grid, grid_size)
-    if constant_outside:
-        t = torch.where(t >= grid_size, grid_size, t.clamp_min(0))  # no slope from the right of the last knot
-    else:  # clamped just past the last knot, where every spline is zero: infinite x must not meet its own square
-        t = t.clamp(-(spline_order + 1), grid_size + spline_order + 1)
+    # Clamped just past the last knot, where every spline is zero: infinite x must not meet its own square.
+    past = spline_order + 1
+    t = closest(t, grid_size) if constant_outside else t.clamp(-past, grid_size + past)
     c = torch.arange(num_basis(grid_size, spline_order), dtype=t.dtype, device=t.device)
     centres = c + (1 - spline_order) / 2
     s = t.unsqueeze(dim) - (centres if dim == -1 else centres.unsqueeze(-1))
@@ -126,7 +125,7 @@ def live_basis(
         s: (..., I), the position relative to the first one's centre: spline first + r has the value M_k(s - r).
     """
     t = position(x, grid, grid_size)
-    t = t.clamp(0, grid_size) if constant_outside else t
+    t = closest(t, grid_size) if constant_outside else t
     first = t.floor().long().clamp_(0, grid_size - 1)  # NaN becomes some integer here and stays NaN in s
     return first, t - (first + (1 - spline_order) / 2)
 
@@ -201,6 +200,11 @@ def position(x: Tensor, grid: Tensor, grid_size: int) -> Tensor:
     """t = (x - lo) / h in at least float32: 0 to G on the grid."""
     x = _upcast(x)
     return (x - grid[..., 0].to(x.dtype)) * inverse_width(grid, grid_size, x.dtype)
+
+
+def closest(t: Tensor, grid_size: int) -> Tensor:
+    """The grid's point closest to a position; a slope as from the right: 0 from the last knot on."""
+    return torch.where(t >= grid_size, grid_size, t.clamp_min(0))
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class KANLayer(nn.Module):
         inverse_width = self.linear.grid_size / (hi - lo)
         t = (x.mT.contiguous() - lo).mul(inverse_width)
         if self.linear.base_weight is None:
-            t = torch.where(t >= self.linear.grid_size, self.linear.grid_size, t.clamp_min(0))
+            t = splines.closest(t, self.linear.grid_size)
         return t, inverse_width
 
     def _act(self, x: Tensor) -> Tensor | None:

@@ -265,7 +265,7 @@ def backward(
         if inward:
             a = dy[rows] @ spline_weight.mT
             dinput = None if base_weight is None else dy[rows] @ base_weight
-            make_phi = needs_weight and _power_of_2(C)
+            make_phi = needs_weight and power_of_2(C)
             fold(dx[rows], _part(dgate, rows), a, dinput, *parts, base_activation, make_phi)
             a = a if make_phi else None
         if needs_weight:
@@ -292,7 +292,7 @@ def phi(
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
     arguments = out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order
     with torch.cuda.device_of(x):
-        if _power_of_2(C):
+        if power_of_2(C):
             sides = _tile(PHI_TILE, I, C)
             _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, based, *sides, C)
         else:
@@ -328,7 +328,7 @@ def fold(
         )  # fmt: skip
 
 
-def _power_of_2(count: int) -> bool:
+def power_of_2(count: int) -> bool:
     return count & (count - 1) == 0
 
 
