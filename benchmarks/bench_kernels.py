@@ -47,6 +47,7 @@ class Layer:
     G: int
     k: int
     dy: Tensor
+    norm_eps: float | None
 
     @property
     def arguments(self) -> tuple:
@@ -81,7 +82,7 @@ def main() -> None:
     rows: list[dict] = []
     for d, (block, C, k) in itertools.product(options.width, LAYERS):
         h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
-        layer = make(options.tokens, h, d, C, k, block == "kan_gated", options.device, dtype)
+        layer = make(options.tokens, h, d, C, k, block, options.device, dtype)
         title = f"{block} {h} -> {d}, C = {C}, k = {k}"
         for group in (training(layer), decoding(layer, cuda)):
             rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
@@ -109,21 +110,22 @@ def training(layer: Layer) -> list[Piece]:
     few = layer.rows(32)
     exact = few.double()
     settings = few.grid, G, k
-    phi = triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None)
+    eps = layer.norm_eps
+    phi = triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None, eps)
     dinput = None if base is None else layer.dy @ base
     dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
 
     def phi_error() -> float:
         identity = torch.eye(terms, dtype=torch.float64, device=x.device)[:, :512]
-        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype, base is not None)[:, :512]
+        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype, base is not None, eps)[:, :512]
         none = None if base is None else torch.zeros(identity.shape[1], len(exact.grid)).to(identity)
-        arguments = exact.x, exact.gate, identity, exact.grid, none, G, k, act
+        arguments = exact.x, exact.gate, identity, exact.grid, none, G, k, act, eps
         return error(found, torch_kan.forward(*arguments))
 
     def gradients(needs: tuple[bool, bool, bool, bool]) -> Callable[[], float]:
         def worst() -> float:
             found, expected = (
-                kernels.backward(part.dy, *part.arguments, needs)
+                kernels.backward(part.dy, *part.arguments, needs, eps)
                 for kernels, part in ((triton_kan, few), (torch_kan, exact))
             )
             return max(error(a, b) for a, b in zip(found, expected) if b is not None)
@@ -131,16 +133,16 @@ def training(layer: Layer) -> list[Piece]:
         return worst
 
     inward, outward = (True, gate is not None, False, False), (False, False, True, base is not None)
-    forward_error = lambda: error(triton_kan.forward(*few.arguments), torch_kan.forward(*exact.arguments))  # noqa: E731
-    fold = lambda *phi_too: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act, *phi_too)  # noqa: E731
-    make_phi = lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None)  # noqa: E731
+    forward_error = lambda: error(triton_kan.forward(*few.arguments, eps), torch_kan.forward(*exact.arguments, eps))  # noqa: E731
+    fold = lambda phi_too=False: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act, phi_too, eps)  # noqa: E731
+    make_phi = lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None, eps)  # noqa: E731
     extra = 0 if base is None else dinput.nbytes
     pieces = [
         Piece("phi", make_phi, inputs + phi.nbytes, "GB/s", phi_error),
         Piece("fold", fold, 2 * inputs + phi.nbytes + extra, "GB/s", gradients(inward)),
         Piece("product", lambda: phi @ weight, 2 * M * O * terms, "TFLOP/s", lambda: 0.0),
     ]
-    if triton_kan.power_of_2(G + k):
+    if triton_kan.in_words(weight.dtype, G + k):
         moved = 2 * inputs + 2 * phi.nbytes + extra
         pieces.append(Piece("fold and phi", lambda: fold(True), moved, "GB/s", gradients((*inward[:2], True, False))))
     for mib in CHUNK_MIB:
@@ -148,9 +150,9 @@ def training(layer: Layer) -> list[Piece]:
         if note and M * terms * size <= mib * 2**20:
             continue
         runs = {
-            "forward": (lambda: triton_kan.forward(*layer.arguments), forward_error),
-            "dx": (lambda: triton_kan.backward(layer.dy, *layer.arguments, inward), gradients(inward)),
-            "dW": (lambda: triton_kan.backward(layer.dy, *layer.arguments, outward), gradients(outward)),
+            "forward": (lambda: triton_kan.forward(*layer.arguments, eps), forward_error),
+            "dx": (lambda: triton_kan.backward(layer.dy, *layer.arguments, inward, eps), gradients(inward)),
+            "dW": (lambda: triton_kan.backward(layer.dy, *layer.arguments, outward, eps), gradients(outward)),
         }
         for name, (run, off) in runs.items():
             pieces.append(Piece(name + note, chunked(run, mib), flops, "TFLOP/s", off))
@@ -237,14 +239,17 @@ def copy_ceiling(dtype: torch.dtype, size: int = 2**30) -> float:
     return 2 * size / summary(side_by_side({"": lambda: b.copy_(a)}, 20, "cuda", launches=False)[""])["median"] / 1e6
 
 
-def make(M: int, I: int, O: int, C: int, k: int, gated: bool, device: str, dtype: torch.dtype) -> Layer:
+def make(M: int, I: int, O: int, C: int, k: int, block: str, device: str, dtype: torch.dtype) -> Layer:
+    """A layer of a block as it trains: a gate in `kan_gated`, a base term in `kan`, the norm inside in the others."""
+
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(dtype)
 
     grid = torch.tensor([-2.0, 2.0], device=device).expand(I, 2).contiguous()
-    base = None if gated else draw(O, I, scale=I**-0.5)
-    gate = draw(M, I) if gated else None
-    return Layer(draw(M, I), gate, draw(I * C, O, scale=I**-0.5), grid, base, C - k, k, draw(M, O))
+    base = draw(O, I, scale=I**-0.5) if block == "kan" else None
+    gate = draw(M, I) if block == "kan_gated" else None
+    weight, dy = draw(I * C, O, scale=I**-0.5), draw(M, O)
+    return Layer(draw(M, I), gate, weight, grid, base, C - k, k, dy, None if block == "kan" else 1e-6)
 
 
 def error(result: Tensor, expected: Tensor) -> float:

@@ -42,6 +42,7 @@ def kan_linear(
     bias: Tensor | None = None,
     base_activation: str = "silu",
     gate: Tensor | None = None,
+    norm_eps: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Apply a KAN layer: a learned function on every edge from I inputs to O outputs.
@@ -63,6 +64,8 @@ def kan_linear(
         bias: (O,).
         base_activation: "silu", "gelu" (exact), "relu" or "identity".
         gate: (..., I), multiplies every edge function of its input.
+        norm_eps: not None takes x / sqrt(mean(x^2) + norm_eps) for x, the mean over the I inputs: an RMS norm without
+            gain, which this way saves nothing of its own for backward.
         backend: "auto", "torch" or "triton"; "auto" follows the environment variable KANSFORMER_BACKEND where it is
             set, else takes triton where it can run. See `choose_backend`. Training compiled on a CPU, "auto" gives
             torch.compile plain operations to fuse in place of the operator.
@@ -81,14 +84,17 @@ def kan_linear(
     if gate is not None and gate.dtype.itemsize > dtype.itemsize:
         gate = gate.to(dtype)  # its product with a function is rounded to it next; half as much to keep
     rows = x.reshape(-1, x.shape[-1]), None if gate is None else gate.reshape(-1, x.shape[-1])
-    settings = grid, base_weight, grid_size, spline_order, base_activation, backend
+    if norm_eps is not None and hasattr(spline_weight, "qdata"):
+        rows, norm_eps = (torch_kan.normalise(rows[0], norm_eps), rows[1]), None
+    int8_settings = grid, base_weight, grid_size, spline_order, base_activation, backend
+    settings = *int8_settings[:-1], norm_eps, backend
     if under_transform():
         weight = spline_weight.dequantize() if hasattr(spline_weight, "qdata") else spline_weight
         y = _plain(*rows, weight.to(dtype), *settings)
     elif hasattr(spline_weight, "qdata"):  # of torchao
         if _int8_by_rows(spline_weight) and not (torch.is_grad_enabled() and any(_needs_grad(rows, base_weight))):
             scale = spline_weight.scale.flatten().to(dtype)
-            y = torch.ops.kansformer.kan_linear_int8(*rows, spline_weight.qdata, scale, *settings)
+            y = torch.ops.kansformer.kan_linear_int8(*rows, spline_weight.qdata, scale, *int8_settings)
         else:
             y = torch.ops.kansformer.kan_linear(*rows, spline_weight.dequantize().to(dtype), *settings)
     elif x.device.type == "cpu" and _inline(backend, *_needs_grad(rows, spline_weight, base_weight)):
@@ -175,13 +181,19 @@ def _forward(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    norm_eps: float | None,
     backend: str,
 ) -> Tensor:
     kernels = _implementation(x, spline_weight, spline_order, base_activation, backend)
-    return kernels.forward(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation)
+    return kernels.forward(
+        x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps
+    )
 
 
-_kan_linear = torch.library.custom_op("kansformer::kan_linear", _forward, mutates_args=())
+# Any strides will do: held to those of eager mode, a compiler copies what it has padded.
+ANY_LAYOUT = (torch.Tag.flexible_layout,)
+
+_kan_linear = torch.library.custom_op("kansformer::kan_linear", _forward, mutates_args=(), tags=ANY_LAYOUT)
 
 
 def _observed(*tensors: Tensor | None) -> bool:
@@ -195,7 +207,7 @@ def _observed(*tensors: Tensor | None) -> bool:
 
 
 @_kan_linear.register_fake
-def _(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, backend):
+def _(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps, backend):
     return spline_weight.new_empty(x.shape[0], spline_weight.shape[1])
 
 
@@ -228,7 +240,7 @@ def _inline(backend: str, *needs_grad: bool) -> bool:
     return any(needs_grad) and _asked(backend) == "auto"
 
 
-@torch.library.custom_op("kansformer::kan_linear_int8", mutates_args=())
+@torch.library.custom_op("kansformer::kan_linear_int8", mutates_args=(), tags=ANY_LAYOUT)
 def _kan_linear_int8(
     x: Tensor,
     gate: Tensor | None,
@@ -258,7 +270,7 @@ def _(x, gate, quantized, scale, grid, base_weight, grid_size, spline_order, bas
     return scale.new_empty(x.shape[0], quantized.shape[1])
 
 
-@torch.library.custom_op("kansformer::kan_linear_backward", mutates_args=())
+@torch.library.custom_op("kansformer::kan_linear_backward", mutates_args=(), tags=ANY_LAYOUT)
 def _kan_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -269,19 +281,22 @@ def _kan_linear_backward(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    norm_eps: float | None,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, gate, spline_weight and base_weight that `needs` asks for, in this order."""
     kernels = _implementation(x, spline_weight, spline_order, base_activation, backend)
     gradients = kernels.backward(
-        dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, tuple(needs)
+        dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, tuple(needs), norm_eps
     )
     return [g for g, needed in zip(gradients, needs) if needed]
 
 
 @_kan_linear_backward.register_fake
-def _(dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, backend, needs):
+def _(
+    dy, x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps, backend, needs
+):
     primals = (x, gate, spline_weight, base_weight)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(primals, needs) if n]
 
@@ -295,14 +310,14 @@ def _backward(ctx, dy):
     x, gate, spline_weight, grid, base_weight = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
-        gradients = _differentiable_backward(dy, x, gate, spline_weight, grid, base_weight, *ctx.settings[:3], wanted)
+        gradients = _differentiable_backward(dy, x, gate, spline_weight, grid, base_weight, *ctx.settings[:4], wanted)
     else:
         gradients = torch.ops.kansformer.kan_linear_backward(
             dy, x, gate, spline_weight, grid, base_weight, *ctx.settings, wanted
         )
     gradients = iter(gradients)
     dx, dgate, dspline, dbase = (next(gradients) if needed else None for needed in wanted)
-    return dx, dgate, dspline, None, dbase, None, None, None, None
+    return dx, dgate, dspline, None, dbase, None, None, None, None, None
 
 
 _kan_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -317,6 +332,7 @@ def _plain(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    norm_eps: float | None,
     backend: str = "torch",
 ) -> Tensor:
     """The layer as plain torch operations, Phi and all.
@@ -324,6 +340,8 @@ def _plain(
     Phi has the functions outside and the inputs inside, and the weights follow: fused loops over C = 4 neighbours fill
     half a vector register, and take three times as long.
     """
+    if norm_eps is not None:
+        x = torch_kan.normalise(x, norm_eps)
     phi = splines.basis(x, grid, grid_size, spline_order, dim=-2, constant_outside=base_weight is None)  # (M, C, I)
     if gate is not None:
         phi = phi * gate.unsqueeze(-2)
@@ -354,10 +372,11 @@ def _differentiable_backward(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    norm_eps: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The same gradients through plain torch operations, for derivatives of any order."""
-    y = _plain(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation)
+    y = _plain(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps)
     primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
     return torch.autograd.grad(y, primals, dy, create_graph=True)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kansformer.functional import BASE_ACTIVATIONS, kan_linear
-from kansformer.kernels.torch_kan import activation
+from kansformer.kernels.torch_kan import activation, normalise
 from kansformer.splines import basis, least_squares, num_basis, refit
 
 # The standard deviation of the random part of an edge function, over that of its smooth part, at initialisation (the
@@ -120,8 +120,8 @@ class KANLinear(nn.Module):
         """C = grid_size + spline_order, splines on every edge."""
         return num_basis(self.grid_size, self.spline_order)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x (..., I), gate (..., I) or None: (..., O)."""
+    def forward(self, x: Tensor, gate: Tensor | None = None, norm_eps: float | None = None) -> Tensor:
+        """x (..., I), gate (..., I) or None: (..., O). With `norm_eps` x is RMS-normalised first (`kan_linear`)."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"this layer takes (..., {self.in_features}), got {tuple(x.shape)}")
         return kan_linear(
@@ -134,6 +134,7 @@ class KANLinear(nn.Module):
             bias=self.bias,
             base_activation=self.base_activation or "identity",
             gate=gate,
+            norm_eps=norm_eps,
             backend=self.backend,
         )
 
@@ -367,8 +368,14 @@ class _KANFeedForward(FeedForward):
         self.down_proj = KANLinear(intermediate_size, hidden_size, init_gain=init_gain, **kan)
         self.elementwise_flops = intermediate_size * NORM_FLOPS * ffn_norm
 
-    def _norm(self, z: Tensor) -> Tensor:
-        return F.rms_norm(z, z.shape[-1:], eps=self.norm_eps) if self.ffn_norm else z
+    def _down(self, z: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The last KAN layer of the normalised z. In training it is normalised inside the operator, which keeps z alone
+        for backward; in evaluation before it, so that hooks on `down_proj` see what its functions do."""
+        if not self.ffn_norm:
+            return self.down_proj(z, gate=gate)
+        if self.training:
+            return self.down_proj(z, gate=gate, norm_eps=self.norm_eps)
+        return self.down_proj(normalise(z, self.norm_eps), gate=gate)
 
 
 class KAN(_KANFeedForward):
@@ -378,7 +385,7 @@ class KAN(_KANFeedForward):
         self.up_proj = KANLinear(hidden_size, intermediate_size, **kan)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._norm(self.up_proj(x)))
+        return self._down(self.up_proj(x))
 
 
 class KANMix(_KANFeedForward):
@@ -388,7 +395,7 @@ class KANMix(_KANFeedForward):
         self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._norm(self.up_proj(x)))
+        return self._down(self.up_proj(x))
 
 
 class KANGated(_KANFeedForward):
@@ -406,8 +413,8 @@ class KANGated(_KANFeedForward):
         self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory) if project_value else None
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self._norm(self.gate_proj(x))
-        return self.down_proj(z, gate=_value(self.up_proj, x, z))
+        z = self.gate_proj(x)
+        return self._down(z, _value(self.up_proj, x, z))
 
 
 def _value(up_proj: nn.Linear | None, x: Tensor, gate: Tensor) -> Tensor:

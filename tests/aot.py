@@ -59,6 +59,7 @@ class Resources:
     registers: int
     stack: int  # bytes of local memory a thread, where spilled registers go
     shared: int  # bytes
+    word_layouts: int  # how loads and stores of 64 bits spread over threads
 
     @staticmethod
     def read(name: str, compiled) -> "Resources":
@@ -74,6 +75,7 @@ class Resources:
             registers=int(registers),
             stack=int(stack) + sass.count("STL"),
             shared=compiled.metadata.shared,
+            word_layouts=len(set(re.findall(r"tt\.(?:load|store) .*!tt\.ptr<i64>, (#\w+)>", compiled.asm["ttgir"]))),
         )
 
 
@@ -104,6 +106,7 @@ def launches(case: "Case", capability: int) -> list[Launch]:
     dtype = getattr(torch, case.dtype)
     triton_kan._device_properties = lambda index: (capability, 132)
     settings = (case.grid_size, case.spline_order, "silu")
+    norm_eps = 1e-6 if case.norm else None
     weight = torch.empty(INPUTS * C, OUTPUTS, dtype=dtype, device="meta")
     base = torch.empty(OUTPUTS, INPUTS, dtype=dtype, device="meta") if case.base else None
     grid = torch.empty(INPUTS, 2, device="meta")
@@ -116,10 +119,11 @@ def launches(case: "Case", capability: int) -> list[Launch]:
                 scale = torch.empty(INPUTS * C, dtype=dtype, device="meta")
                 triton_kan.decode_int8(x, gate, weight.to(torch.int8), scale, grid, base, *settings)
                 continue
-            triton_kan.forward(x, gate, weight, grid, base, *settings)
+            triton_kan.forward(x, gate, weight, grid, base, *settings, norm_eps)
             if rows > 64:
                 dy = torch.empty(rows, OUTPUTS, dtype=dtype, device="meta")
-                triton_kan.backward(dy, x, gate, weight, grid, base, *settings, (True, case.gate, True, case.base))
+                needs = (True, case.gate, True, case.base)
+                triton_kan.backward(dy, x, gate, weight, grid, base, *settings, needs, norm_eps)
     return made
 
 
@@ -134,6 +138,7 @@ class Case:
     base: bool
     rows: tuple[int, ...] = (1, 16, 4096)
     x: str | None = None  # its dtype where it is another one: float32 behind a norm under autocast
+    norm: bool = False
 
 
 INPUTS, OUTPUTS = 1024, 2048

@@ -225,16 +225,26 @@ def test_third_derivative():
         assert_close(y, expected, 1e-9)
 
 
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck(transposed):
+def test_opcheck(transposed, norm_eps):
     """Also of tensors that are not contiguous, whose gradients are."""
     t = tensors(6, 3, gated=True)
     if transposed:
         t = {name: v.detach().mT.clone().mT.requires_grad_(v.requires_grad) for name, v in t.items()}
-    forward = (*t.values(), G, 3, "silu", "torch")
+    forward = (*t.values(), G, 3, "silu", norm_eps, "torch")
     torch.library.opcheck(torch.ops.kansformer.kan_linear, forward)
     detached = [v.detach() for v in t.values()]
-    backward = (torch.randn(6, O, dtype=torch.float64), *detached, G, 3, "silu", "torch", [True, False, True, True])
+    backward = (
+        torch.randn(6, O, dtype=torch.float64),
+        *detached,
+        G,
+        3,
+        "silu",
+        norm_eps,
+        "torch",
+        [True, False, True, True],
+    )
     torch.library.opcheck(torch.ops.kansformer.kan_linear_backward, backward)
 
 

@@ -33,8 +33,11 @@ def forward(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    norm_eps: float | None = None,
 ) -> Tensor:
     """x (M, I), gate (M, I) or None, spline_weight (I*C, O), grid (I, 2) or (2,), base_weight (O, I): y (M, O)."""
+    if norm_eps is not None:
+        x = normalise(x, norm_eps)
     dtype = spline_weight.dtype
     y = None if base_weight is None else F.linear(base_input(x, gate, base_activation, dtype), base_weight)
     if use_decode(x.shape[0], grid_size + spline_order, spline_order, x.device.type):
@@ -92,6 +95,7 @@ def backward(
     spline_order: int,
     base_activation: str,
     needs: tuple[bool, bool, bool, bool],
+    norm_eps: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx, dgate, dspline_weight, dbase_weight), each only where `needs` says so."""
     need_x, need_gate, need_spline, need_base = needs
@@ -106,6 +110,8 @@ def backward(
     buffer = None
     for rows in _chunks(x, spline_weight):
         dy_rows, x_rows, gate_rows = dy[rows], x[rows], None if gate is None else gate[rows]
+        if norm_eps is not None:
+            x_rows = normalise(x_rows, norm_eps)
         columns, values, slopes = _live(x_rows, grid, grid_size, spline_order, base_weight is None, need_x)
         buffer = _buffer(buffer, len(x_rows), spline_weight)
         if need_spline:
@@ -127,7 +133,8 @@ def backward(
             d = (live * slopes).sum(1).mul_(splines.inverse_width(grid, grid_size, slopes.dtype))
             if dinput is not None:
                 d += _activation_backward(dinput.to(x.dtype), x_rows, base_activation)
-            dx[rows] = d if gate is None else d.mul_(gate_rows)
+            d = d if gate is None else d.mul_(gate_rows)
+            dx[rows] = d if norm_eps is None else normalise_backward(d, x[rows], norm_eps)
     return dx, dgate, None if dspline is None else dspline.to(dtype), None if dbase is None else dbase.to(dtype)
 
 
@@ -165,6 +172,19 @@ def _activation_backward(dy: Tensor, x: Tensor, name: str) -> Tensor:
     if name == "relu":
         return torch.ops.aten.threshold_backward(dy, x, 0)
     return dy
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), the mean over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def normalise_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
+    """dx of y = normalise(x), with r = 1 / sqrt(mean(x^2) + eps): r (dy - y mean(dy y)); float32 at least."""
+    wide = x.to(torch.promote_types(torch.float32, x.dtype))
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y = wide * scale
+    return torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(scale).to(x.dtype)
 
 
 def base_input(x: Tensor, gate: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:

@@ -43,123 +43,245 @@ from kansformer.kernels.triton_decode import decode, use_decode
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
-# Rows and columns of Phi of a program of four warps, measured on an H200 (benchmarks/results/LOG.md).
-PHI_TILE, FOLD_TILE = (4, 1024), (2, 1024)
+# Columns of Phi, and rows of what writes it tile by tile, of a program of four warps; measured on an H200
+# (benchmarks/results/LOG.md). Where programs have whole rows, and where they fold, it is one row.
+COLUMNS, PHI_ROWS = 1024, 4
 
 
 @triton.jit(do_not_specialize=["M"])
 def _phi_kernel(
-    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BASE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Phi for C = BLOCK_C, a power of 2: x is read and scaled once an input."""
-    pid_i = tl.program_id(0) % tl.cdiv(I, BLOCK_I)
-    first_m = (tl.program_id(0) // tl.cdiv(I, BLOCK_I) * BLOCK_M).to(tl.int64)
+    """Phi of 16 bits in whole words, C = 4, 8 or 16: the k + 1 live functions, shifted to their places among zeros.
+
+    With a norm a program has whole rows, else one tile.
+    """
+    WORDS: tl.constexpr = (GRID_SIZE + ORDER) // 4
+    tiles = 1 if HAS_NORM else tl.cdiv(I, BLOCK_I)
+    first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
+    first_i = tl.program_id(0) % tiles * BLOCK_I
     offs_m = tl.arange(0, BLOCK_M)
-    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_c = tl.arange(0, BLOCK_C)
-    inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-    x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
-    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :]
-    if not HAS_BASE:
-        t = clamped(t, GRID_SIZE)
-    phi = spline((t - (1 - ORDER) / 2)[:, :, None] - offs_c[None, None, :], ORDER)
-    if HAS_GATE:
-        gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
-        phi *= gate[:, :, None]
-    offs = offs_m[:, None, None] * (I * BLOCK_C) + offs_i[None, :, None] * BLOCK_C + offs_c[None, None, :]
-    tl.store(phi_ptr + first_m * I * BLOCK_C + offs, phi.to(phi_ptr.dtype.element_ty), mask=inside[:, :, None])
+    words_ptr = phi_ptr.to(tl.pointer_type(tl.uint64)) + first_m * I * WORDS
+    if HAS_NORM:
+        scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, 4 * BLOCK_I)
+    for start in range(first_i, I if HAS_NORM else first_i + BLOCK_I, BLOCK_I):
+        offs_i = start + tl.arange(0, BLOCK_I)
+        offs = offs_m[:, None] * I + offs_i[None, :]
+        inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
+        if HAS_NORM:
+            x *= scale
+        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        t = (x - lo[None, :]) * inverse_width[None, :]
+        if not HAS_BASE:
+            t = clamped(t, GRID_SIZE)
+        gate = tl.full(x.shape, 1.0, tl.float32)
+        if HAS_GATE:
+            gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+        live = first_live(t, GRID_SIZE)
+        functions = tl.zeros(x.shape, tl.uint64)
+        for r in tl.static_range(ORDER + 1):
+            functions |= _lane(gate * spline(t - live - (1 - ORDER) / 2 - r, ORDER), r, phi_ptr.dtype.element_ty)
+        _store_words(_words(words_ptr, offs, WORDS), functions, live.to(tl.int32), inside, WORDS)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _phi_flat_kernel(
-    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BASE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Phi for any C, columns n = i*C + c: wide stores, though every element reads its x."""
     C: tl.constexpr = GRID_SIZE + ORDER
-    pid_n = tl.program_id(0) % tl.cdiv(I * C, BLOCK_N)
-    first_m = (tl.program_id(0) // tl.cdiv(I * C, BLOCK_N) * BLOCK_M).to(tl.int64)
+    tiles = 1 if HAS_NORM else tl.cdiv(I * C, BLOCK_N)
+    first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
+    first_n = tl.program_id(0) % tiles * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_i = offs_n // C
-    inside = (offs_m < M - first_m)[:, None] & (offs_n < I * C)[None, :]
-    x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
-    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :]
-    if not HAS_BASE:
-        t = clamped(t, GRID_SIZE)
-    phi = spline(t - (1 - ORDER) / 2 - (offs_n % C)[None, :], ORDER)
-    if HAS_GATE:
-        phi *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
-    offs = offs_m[:, None] * (I * C) + offs_n[None, :]
-    tl.store(phi_ptr + first_m * I * C + offs, phi.to(phi_ptr.dtype.element_ty), mask=inside)
+    if HAS_NORM:
+        scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, BLOCK_N)
+    for start in range(first_n, I * C if HAS_NORM else first_n + BLOCK_N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        offs_i = offs_n // C
+        inside = (offs_m < M - first_m)[:, None] & (offs_n < I * C)[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
+        if HAS_NORM:
+            x *= scale
+        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        t = (x - lo[None, :]) * inverse_width[None, :]
+        if not HAS_BASE:
+            t = clamped(t, GRID_SIZE)
+        phi = spline(t - (1 - ORDER) / 2 - (offs_n % C)[None, :], ORDER)
+        if HAS_GATE:
+            phi *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+        offs = offs_m[:, None] * (I * C) + offs_n[None, :]
+        tl.store(phi_ptr + first_m * I * C + offs, phi.to(phi_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _fold_kernel(
     dx_ptr, dgate_ptr, dphi_ptr, dbase_ptr, x_ptr, gate_ptr, grid_ptr,
-    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, MAKE_PHI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, IN_WORDS: tl.constexpr, MAKE_PHI: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I). MAKE_PHI: Phi takes its place.
+    """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I).
 
-    Of an input's dPhi the k + 1 live functions are all that count (see `triton_decode`), and all that is read.
+    Of an input's dPhi the k + 1 live functions are all that count (see `triton_decode`), and all that is read: by words
+    where `_phi_kernel` writes words, and MAKE_PHI then leaves Phi in place of dPhi. With a norm dx waits where it will
+    stand until the row's mean of dx * x is known.
     """
     C: tl.constexpr = GRID_SIZE + ORDER
-    pid_i = tl.program_id(0) % tl.cdiv(I, BLOCK_I)
-    first_m = (tl.program_id(0) // tl.cdiv(I, BLOCK_I) * BLOCK_M).to(tl.int64)
+    WORDS: tl.constexpr = C // 4 if IN_WORDS else 0
+    tiles = 1 if HAS_NORM else tl.cdiv(I, BLOCK_I)
+    first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
+    first_i = tl.program_id(0) % tiles * BLOCK_I
     offs_m = tl.arange(0, BLOCK_M)
-    offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-    x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
-    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    t = (x - lo[None, :]) * inverse_width[None, :]
-    if HAS_GATE:
-        gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
     first = first_m * I
-    offs = offs_m[:, None] * I + offs_i[None, :]
+    words_ptr = dphi_ptr.to(tl.pointer_type(tl.uint64)) + first * WORDS
     dphi_ptr += first * C
-    outside = (t < 0) | (t >= GRID_SIZE)
-    if not HAS_BASE:
-        t = clamped(t, GRID_SIZE)
-    live = first_live(t, GRID_SIZE)
-    s = t - live - (1 - ORDER) / 2
-    dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    for r in tl.static_range(ORDER + 1):
-        dphi = tl.load(dphi_ptr + offs * C + live.to(tl.int32) + r, mask=inside, other=0.0).to(tl.float32)
-        dx += dphi * spline_derivative(s - r, ORDER)
-        dgate += dphi * spline(s - r, ORDER)
-    dx *= inverse_width[None, :]
-    if not HAS_BASE:
-        dx = tl.where(outside, 0.0, dx)
-    if HAS_BASE:
-        dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
-        dx += dbase * activation_derivative(x, ACTIVATION)
-        dgate += dbase * activation(x, ACTIVATION)
-    if HAS_GATE:
-        dx *= gate
-        tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if MAKE_PHI:
-        tl.debug_barrier()  # other threads of the program have read what this one overwrites
-        offs_c = tl.arange(0, C)
-        phi = spline((t - (1 - ORDER) / 2)[:, :, None] - offs_c[None, None, :], ORDER)
+    dx_ptr += first
+    if HAS_NORM:
+        scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, 4 * BLOCK_I)
+        product = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    for start in range(first_i, I if HAS_NORM else first_i + BLOCK_I, BLOCK_I):
+        offs_i = start + tl.arange(0, BLOCK_I)
+        offs = offs_m[:, None] * I + offs_i[None, :]
+        inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
+        if HAS_NORM:
+            x *= scale
+        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        t = (x - lo[None, :]) * inverse_width[None, :]
         if HAS_GATE:
-            phi *= gate[:, :, None]
-        phi_offs = offs[:, :, None] * C + offs_c[None, None, :]
-        tl.store(dphi_ptr + phi_offs, phi.to(dphi_ptr.dtype.element_ty), mask=inside[:, :, None])
+            gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+        outside = (t < 0) | (t >= GRID_SIZE)
+        if not HAS_BASE:
+            t = clamped(t, GRID_SIZE)
+        live = first_live(t, GRID_SIZE)
+        s = t - live - (1 - ORDER) / 2
+        live = live.to(tl.int32)
+        dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+        dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+        if WORDS:
+            pointers = _words(words_ptr, offs, WORDS)
+            read = _load_words(pointers, live, inside, WORDS)
+            functions = tl.zeros((BLOCK_M, BLOCK_I), tl.uint64)
+        for r in tl.static_range(ORDER + 1):
+            if WORDS:
+                dphi = (read >> 16 * r).to(tl.uint16).to(dphi_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
+            else:
+                dphi = tl.load(dphi_ptr + offs * C + live + r, mask=inside, other=0.0).to(tl.float32)
+            phi = spline(s - r, ORDER)
+            dx += dphi * spline_derivative(s - r, ORDER)
+            dgate += dphi * phi
+            if MAKE_PHI:
+                functions |= _lane(phi * gate if HAS_GATE else phi, r, dphi_ptr.dtype.element_ty)
+        dx *= inverse_width[None, :]
+        if not HAS_BASE:
+            dx = tl.where(outside, 0.0, dx)
+        if HAS_BASE:
+            dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
+            dx += dbase * activation_derivative(x, ACTIVATION)
+            dgate += dbase * activation(x, ACTIVATION)
+        if HAS_GATE:
+            dx *= gate
+            tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+        if HAS_NORM:
+            product += dx * x
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if MAKE_PHI:
+            _store_words(pointers, functions, live, inside, WORDS)
+    if HAS_NORM:
+        mean = tl.sum(product, axis=1)[:, None] / I
+        tl.debug_barrier()
+        for start in range(0, I, 4 * BLOCK_I):
+            offs_i = start + tl.arange(0, 4 * BLOCK_I)
+            offs = offs_m[:, None] * I + offs_i[None, :]
+            inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
+            x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
+            dx = tl.load(dx_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + offs, (scale * (dx - x * mean)).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _load(ptr, first_m, offs_m, offs_i, stride_m, stride_i, mask):
     offs = (first_m + offs_m) * stride_m + offs_i.to(tl.int64) * stride_i
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _lane(value, r: tl.constexpr, dtype: tl.constexpr):
+    """The 16 bits of `value` as the r-th of a word."""
+    return value.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint64) << 16 * r
+
+
+@triton.jit
+def _words(words_ptr, offs, WORDS: tl.constexpr):
+    """Pointers to the words of each input. What reads through them and what writes has one layout, so that a thread of
+    `_fold_kernel` overwrites what it has read itself, and no barrier is needed (tests/test_kernels.py looks)."""
+    if WORDS == 1:
+        return words_ptr + offs
+    else:
+        return words_ptr + offs[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+
+
+@triton.jit
+def _load_words(pointers, live, inside, WORDS: tl.constexpr):
+    """The 16 bits of functions live, live + 1, ... of an input, from the lowest of a word on."""
+    if WORDS == 1:
+        return tl.load(pointers, mask=inside, other=0) >> (16 * live).to(tl.uint64)
+    else:
+        words = tl.load(pointers, mask=inside[:, :, None], other=0)
+        word, lane = live // 4, live % 4
+        if WORDS == 2:
+            first, high = tl.split(words)
+            low = tl.where(word == 0, first, high)
+        else:
+            even, odd = tl.split(words.reshape(live.shape[0], live.shape[1], 2, 2))
+            first, third = tl.split(even)
+            second, high = tl.split(odd)
+            low = tl.where(word == 0, first, tl.where(word == 1, second, tl.where(word == 2, third, high)))
+            high = tl.where(word == 0, second, tl.where(word == 1, third, high))
+        # The functions of an input end with its last word: what stands above them is not theirs.
+        return (low >> (16 * lane).to(tl.uint64)) | (high << 1 << (63 - 16 * lane).to(tl.uint64))
+
+
+@triton.jit
+def _store_words(pointers, functions, live, inside, WORDS: tl.constexpr):
+    """`functions`, of 16 bits, as functions live, live + 1, ... of an input; zeros elsewhere."""
+    if WORDS == 1:
+        tl.store(pointers, functions << (16 * live).to(tl.uint64), mask=inside)
+    else:
+        if WORDS == 2:
+            words = tl.join(_word(functions, live, 0), _word(functions, live, 1))
+        else:
+            even = tl.join(_word(functions, live, 0), _word(functions, live, 2))
+            odd = tl.join(_word(functions, live, 1), _word(functions, live, 3))
+            words = tl.join(even, odd).reshape(live.shape[0], live.shape[1], 4)
+        tl.store(pointers, words, mask=inside[:, :, None])
+
+
+@triton.jit
+def _word(functions, live, j: tl.constexpr):
+    """The j-th word of `functions` shifted by `live` lanes."""
+    shift = 16 * live - 64 * j
+    up, down = functions << (shift & 63).to(tl.uint64), functions >> (-shift & 63).to(tl.uint64)
+    return tl.where((shift >= 0) & (shift < 64), up, tl.where((shift < 0) & (shift > -64), down, 0))
+
+
+@triton.jit
+def _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_m, stride_i, eps, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of whole rows, (BLOCK_M, 1)."""
+    total = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        offs_i = start + tl.arange(0, BLOCK_I)
+        inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_m, stride_i, inside)
+        total += x * x
+    return tl.rsqrt(tl.sum(total, axis=1) / I + eps)[:, None]
 
 
 @functools.cache
@@ -200,19 +322,25 @@ def forward(
     grid_size: int,
     spline_order: int,
     base_activation: str,
+    norm_eps: float | None = None,
 ) -> Tensor:
     """x (M, I), gate (M, I) or None, spline_weight (I*C, O), grid (I, 2) or (2,), base_weight (O, I): y (M, O)."""
     M, I = x.shape
     O, C = spline_weight.shape[1], grid_size + spline_order
-    if use_decode(M, I, O, C, spline_order):
+    few = use_decode(M, I, O, C, spline_order)
+    if norm_eps is not None and (few or base_weight is not None):  # else it is taken inside the kernel of Phi
+        x, norm_eps = torch_kan.normalise(x, norm_eps), None
+    if few:
         _, sms = _device_properties(x.device.index)
         return decode(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, sms=sms)
     y = spline_weight.new_empty(M, O)
     if base_weight is not None:
         torch.mm(torch_kan.base_input(x, gate, base_activation, y.dtype), base_weight.mT, out=y)
     for rows in _chunks(M, I * C * spline_weight.element_size()):
-        parts = x[rows], _part(gate, rows), grid, grid_size, spline_order, y.dtype, base_weight is not None
-        y[rows].addmm_(phi(*parts), spline_weight, beta=0 if base_weight is None else 1)
+        parts = x[rows], _part(gate, rows), grid, grid_size, spline_order
+        a = phi(*parts, y.dtype, base_weight is not None, norm_eps)
+        y[rows].addmm_(a, spline_weight, beta=0 if base_weight is None else 1)
+        del a  # before the next is made
     return y
 
 
@@ -248,9 +376,13 @@ def backward(
     spline_order: int,
     base_activation: str,
     needs: tuple[bool, bool, bool, bool],
+    norm_eps: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, gate, spline_weight and base_weight, each where `needs` asks for it, else None."""
     needs_x, needs_gate, needs_weight, needs_base = needs
+    raw, eps = x, norm_eps
+    if norm_eps is not None and base_weight is not None:
+        x, norm_eps = torch_kan.normalise(x, norm_eps), None
     (M, I), C, dtype = x.shape, grid_size + spline_order, spline_weight.dtype
     inward = needs_x or needs_gate
     dx = x.new_empty(M, I) if inward else None
@@ -265,13 +397,15 @@ def backward(
         if inward:
             a = dy[rows] @ spline_weight.mT
             dinput = None if base_weight is None else dy[rows] @ base_weight
-            make_phi = needs_weight and power_of_2(C)
-            fold(dx[rows], _part(dgate, rows), a, dinput, *parts, base_activation, make_phi)
+            make_phi = needs_weight and in_words(dtype, C)
+            fold(dx[rows], _part(dgate, rows), a, dinput, *parts, base_activation, make_phi, norm_eps)
             a = a if make_phi else None
         if needs_weight:
-            a = phi(*parts, dtype, base_weight is not None) if a is None else a
+            a = phi(*parts, dtype, base_weight is not None, norm_eps) if a is None else a
             dweight = a.mT @ dy[rows] if len(chunks) == 1 else dweight.add_(a.mT @ dy[rows])
     dbase = dy.mT @ torch_kan.base_input(x, gate, base_activation, dtype) if needs_base else None
+    if needs_x and eps is not None and norm_eps is None:
+        dx = torch_kan.normalise_backward(dx, raw, eps)
     return dx if needs_x else None, dgate if needs_gate else None, dweight.to(dtype) if needs_weight else None, dbase
 
 
@@ -283,20 +417,25 @@ def phi(
     spline_order: int,
     dtype: torch.dtype,
     based: bool,
+    norm_eps: float | None = None,
 ) -> Tensor:
-    """Phi (M, I*C) in `dtype`; without a base term, of the grid's closest point to x."""
+    """Phi (M, I*C) in `dtype`; without a base term, of the grid's closest point to x (normalised, with `norm_eps`)."""
     (M, I), C = x.shape, grid_size + spline_order
     out = x.new_empty(M, I * C, dtype=dtype)
     if out.numel() == 0:
         return out
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
-    arguments = out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order
+    arguments = (
+        out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0,
+        grid_size, spline_order, gate is not None, based, norm_eps is not None,
+    )  # fmt: skip
     with torch.cuda.device_of(x):
-        if power_of_2(C):
-            sides = _tile(PHI_TILE, I, C)
-            _phi_kernel[_programs(M, I, *sides)](*arguments, gate is not None, based, *sides, C)
+        rows = PHI_ROWS if norm_eps is None else 1
+        if in_words(dtype, C):
+            sides = _tile(rows, I, C)
+            _phi_kernel[_programs(M, I, *sides, norm_eps)](*arguments, *sides)
         else:
-            _phi_flat_kernel[_programs(M, I * C, *PHI_TILE)](*arguments, gate is not None, based, *PHI_TILE)
+            _phi_flat_kernel[_programs(M, I * C, rows, COLUMNS, norm_eps)](*arguments, rows, COLUMNS)
     return out
 
 
@@ -312,35 +451,39 @@ def fold(
     spline_order: int,
     base_activation: str,
     make_phi: bool = False,
+    norm_eps: float | None = None,
 ) -> None:
-    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I); with `make_phi` (C a power of 2) Phi into dphi."""
+    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I); with `make_phi` Phi into dphi, if `in_words`."""
     (M, I), C = x.shape, grid_size + spline_order
     if dx.numel() == 0:
         return
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
-    sides = _tile(FOLD_TILE, I, triton.next_power_of_2(C))
+    sides = _tile(1, I, triton.next_power_of_2(C))
     with torch.cuda.device_of(x):
-        _fold_kernel[_programs(M, I, *sides)](
+        _fold_kernel[_programs(M, I, *sides, norm_eps)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
-            M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), grid_size, spline_order, base_activation,
-            gate is not None, dbase is not None, make_phi, *sides,
+            M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0, grid_size, spline_order,
+            base_activation, gate is not None, dbase is not None, norm_eps is not None,
+            in_words(dphi.dtype, C), make_phi, *sides,
             enable_fp_fusion=False,  # t - live in one rounding would leave the live interval, where slopes jump
         )  # fmt: skip
 
 
-def power_of_2(count: int) -> bool:
-    return count & (count - 1) == 0
+def in_words(dtype: torch.dtype, count: int) -> bool:
+    """Whether the `count` functions of an input are 1, 2 or 4 words of 64 bits."""
+    return dtype.itemsize == 2 and count in (4, 8, 16)
 
 
-def _tile(tile: tuple[int, int], I: int, count: int) -> tuple[int, int]:
-    """Rows and inputs of a tile of Phi with `count` functions an input; more rows where there are few inputs."""
-    rows, columns = tile
-    inputs = max(1, min(columns // count, triton.next_power_of_2(I)))
-    return max(1, rows * columns // (inputs * count)), inputs
+def _tile(rows: int, I: int, count: int) -> tuple[int, int]:
+    """Rows and inputs of a tile, `count` functions an input: at least one input a thread; more rows where I is less."""
+    wanted = max(COLUMNS // count, 128)
+    inputs = min(wanted, triton.next_power_of_2(I))
+    return rows * wanted // inputs, inputs
 
 
-def _programs(rows: int, columns: int, block_rows: int, block_columns: int) -> tuple[int]:
-    return (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)
+def _programs(rows: int, columns: int, block_rows: int, block_columns: int, norm_eps: float | None) -> tuple[int]:
+    """A tile a program, or with a norm whole rows."""
+    return (triton.cdiv(rows, block_rows) * (1 if norm_eps is not None else triton.cdiv(columns, block_columns)),)
 
 
 def _chunks(size: int, bytes_each: int) -> list[slice]:
