@@ -48,7 +48,7 @@ BLOCKS = {
     "kan k=3 C=8": ("kan", CUBIC),
     "kan k=2 C=8": ("kan", CUBIC | {"grid_size": 6, "spline_order": 2}),
     "kan k=1 C=8": ("kan", CUBIC | {"grid_size": 7, "spline_order": 1}),
-    "kan_mix k=1 C=7": ("kan_mix", {"grid_size": 6}),
+    "kan_mix k=1 C=8": ("kan_mix", {"grid_size": 7}),
     "kan_gated k=1 C=4": ("kan_gated", {}),
     "kan_gated k=1 C=8": ("kan_gated", {"grid_size": 7}),
 }

@@ -31,7 +31,7 @@ from kansformer.kernels import torch_kan, triton_decode, triton_kan
 from kansformer.layers import match_intermediate_size
 
 # (block, C, k): its layer h -> d
-LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan_mix", 7, 1), ("kan", 8, 3))
+LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan_mix", 8, 1), ("kan", 8, 3))
 CHUNK_MIB = (triton_kan.CHUNK_BYTES // 2**20, 64, 128, 256, 512)
 DECODE = ({}, {"num_warps": 4}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "num_warps": 4}, {"BLOCK_O": 128})
 WORST = 0.02  # of the norm, in bfloat16
@@ -111,13 +111,14 @@ def training(layer: Layer) -> list[Piece]:
     exact = few.double()
     settings = few.grid, G, k
     eps = layer.norm_eps
-    phi = triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None, eps)
+    activation = None if base is None else act
+    phi, _ = triton_kan.phi(x, gate, grid, G, k, weight.dtype, activation, eps)
     dinput = None if base is None else layer.dy @ base
     dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
 
     def phi_error() -> float:
         identity = torch.eye(terms, dtype=torch.float64, device=x.device)[:, :512]
-        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype, base is not None, eps)[:, :512]
+        found = triton_kan.phi(few.x, few.gate, *settings, weight.dtype, activation, eps)[0][:, :512]
         none = None if base is None else torch.zeros(identity.shape[1], len(exact.grid)).to(identity)
         arguments = exact.x, exact.gate, identity, exact.grid, none, G, k, act, eps
         return error(found, torch_kan.forward(*arguments))
@@ -135,15 +136,15 @@ def training(layer: Layer) -> list[Piece]:
     inward, outward = (True, gate is not None, False, False), (False, False, True, base is not None)
     forward_error = lambda: error(triton_kan.forward(*few.arguments, eps), torch_kan.forward(*exact.arguments, eps))  # noqa: E731
     fold = lambda phi_too=False: triton_kan.fold(dx, dgate, phi, dinput, x, gate, grid, G, k, act, phi_too, eps)  # noqa: E731
-    make_phi = lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype, base is not None, eps)  # noqa: E731
+    make_phi = lambda: triton_kan.phi(x, gate, grid, G, k, weight.dtype, activation, eps)  # noqa: E731
     extra = 0 if base is None else dinput.nbytes
     pieces = [
-        Piece("phi", make_phi, inputs + phi.nbytes, "GB/s", phi_error),
+        Piece("phi", make_phi, inputs + phi.nbytes + extra, "GB/s", phi_error),
         Piece("fold", fold, 2 * inputs + phi.nbytes + extra, "GB/s", gradients(inward)),
         Piece("product", lambda: phi @ weight, 2 * M * O * terms, "TFLOP/s", lambda: 0.0),
     ]
     if triton_kan.in_words(weight.dtype, G + k):
-        moved = 2 * inputs + 2 * phi.nbytes + extra
+        moved = 2 * inputs + 2 * phi.nbytes + 2 * extra
         pieces.append(Piece("fold and phi", lambda: fold(True), moved, "GB/s", gradients((*inward[:2], True, False))))
     for mib in CHUNK_MIB:
         note = f", chunks of {mib} MiB" if mib != CHUNK_MIB[0] else ""

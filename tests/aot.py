@@ -59,7 +59,6 @@ class Resources:
     registers: int
     stack: int  # bytes of local memory a thread, where spilled registers go
     shared: int  # bytes
-    word_layouts: int  # how loads and stores of 64 bits spread over threads
 
     @staticmethod
     def read(name: str, compiled) -> "Resources":
@@ -75,7 +74,6 @@ class Resources:
             registers=int(registers),
             stack=int(stack) + sass.count("STL"),
             shared=compiled.metadata.shared,
-            word_layouts=len(set(re.findall(r"tt\.(?:load|store) .*!tt\.ptr<i64>, (#\w+)>", compiled.asm["ttgir"]))),
         )
 
 

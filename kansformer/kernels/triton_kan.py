@@ -43,20 +43,22 @@ from kansformer.kernels.triton_decode import decode, use_decode
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
-# Columns of Phi, and rows of what writes it tile by tile, of a program of four warps; measured on an H200
-# (benchmarks/results/LOG.md). Where programs have whole rows, and where they fold, it is one row.
-COLUMNS, PHI_ROWS = 1024, 4
+# Rows, columns of Phi and warps of a program's tile, measured on an H200 (benchmarks/results/LOG.md). With a norm a
+# program goes along whole rows tile by tile.
+PHI, PHI_NORM = (4, 1024, 4), (1, 1024, 4)
+FOLD, FOLD_NORM = (1, 1024, 4), (1, 2048, 2)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _phi_kernel(
-    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    phi_ptr, base_ptr, x_ptr, gate_ptr, grid_ptr,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Phi of 16 bits in whole words, C = 4, 8 or 16: the k + 1 live functions, shifted to their places among zeros.
 
-    With a norm a program has whole rows, else one tile.
+    With a norm a program has whole rows, else one tile. With a base term gate * act(x) goes to base_ptr (M, I).
     """
     WORDS: tl.constexpr = (GRID_SIZE + ORDER) // 4
     tiles = 1 if HAS_NORM else tl.cdiv(I, BLOCK_I)
@@ -85,13 +87,17 @@ def _phi_kernel(
         for r in tl.static_range(ORDER + 1):
             functions |= _lane(gate * spline(t - live - (1 - ORDER) / 2 - r, ORDER), r, phi_ptr.dtype.element_ty)
         _store_words(_words(words_ptr, offs, WORDS), functions, live.to(tl.int32), inside, WORDS)
+        if HAS_BASE:
+            base = (gate * activation(x, ACTIVATION)).to(base_ptr.dtype.element_ty)
+            tl.store(base_ptr + first_m * I + offs, base, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _phi_flat_kernel(
-    phi_ptr, x_ptr, gate_ptr, grid_ptr, M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
-    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    phi_ptr, base_ptr, x_ptr, gate_ptr, grid_ptr,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
+    GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Phi for any C, columns n = i*C + c: wide stores, though every element reads its x."""
     C: tl.constexpr = GRID_SIZE + ORDER
@@ -113,10 +119,15 @@ def _phi_flat_kernel(
         if not HAS_BASE:
             t = clamped(t, GRID_SIZE)
         phi = spline(t - (1 - ORDER) / 2 - (offs_n % C)[None, :], ORDER)
+        gate = tl.full(x.shape, 1.0, tl.float32)
         if HAS_GATE:
-            phi *= _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
+            gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
         offs = offs_m[:, None] * (I * C) + offs_n[None, :]
-        tl.store(phi_ptr + first_m * I * C + offs, phi.to(phi_ptr.dtype.element_ty), mask=inside)
+        tl.store(phi_ptr + first_m * I * C + offs, (gate * phi).to(phi_ptr.dtype.element_ty), mask=inside)
+        if HAS_BASE:
+            base = (gate * activation(x, ACTIVATION)).to(base_ptr.dtype.element_ty)
+            offs = offs_m[:, None] * I + offs_i[None, :]
+            tl.store(base_ptr + first_m * I + offs, base, mask=inside & (offs_n % C == 0)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -130,8 +141,8 @@ def _fold_kernel(
     """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I).
 
     Of an input's dPhi the k + 1 live functions are all that count (see `triton_decode`), and all that is read: by words
-    where `_phi_kernel` writes words, and MAKE_PHI then leaves Phi in place of dPhi. With a norm dx waits where it will
-    stand until the row's mean of dx * x is known.
+    where `_phi_kernel` writes words, and MAKE_PHI then leaves Phi in place of dPhi, and gate * act(x) in that of dbase.
+    With a norm dx waits where it will stand until the row's mean of dx * x is known.
     """
     C: tl.constexpr = GRID_SIZE + ORDER
     WORDS: tl.constexpr = C // 4 if IN_WORDS else 0
@@ -184,8 +195,9 @@ def _fold_kernel(
             dx = tl.where(outside, 0.0, dx)
         if HAS_BASE:
             dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
+            base = activation(x, ACTIVATION)
             dx += dbase * activation_derivative(x, ACTIVATION)
-            dgate += dbase * activation(x, ACTIVATION)
+            dgate += dbase * base
         if HAS_GATE:
             dx *= gate
             tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
@@ -193,7 +205,11 @@ def _fold_kernel(
             product += dx * x
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if MAKE_PHI:
+            tl.debug_barrier()  # other threads of the program have read what this one overwrites
             _store_words(pointers, functions, live, inside, WORDS)
+            if HAS_BASE:
+                base = base * gate if HAS_GATE else base
+                tl.store(dbase_ptr + first + offs, base.to(dbase_ptr.dtype.element_ty), mask=inside)
     if HAS_NORM:
         mean = tl.sum(product, axis=1)[:, None] / I
         tl.debug_barrier()
@@ -220,8 +236,7 @@ def _lane(value, r: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _words(words_ptr, offs, WORDS: tl.constexpr):
-    """Pointers to the words of each input. What reads through them and what writes has one layout, so that a thread of
-    `_fold_kernel` overwrites what it has read itself, and no barrier is needed (tests/test_kernels.py looks)."""
+    """Pointers to the words of each input."""
     if WORDS == 1:
         return words_ptr + offs
     else:
@@ -327,20 +342,18 @@ def forward(
     """x (M, I), gate (M, I) or None, spline_weight (I*C, O), grid (I, 2) or (2,), base_weight (O, I): y (M, O)."""
     M, I = x.shape
     O, C = spline_weight.shape[1], grid_size + spline_order
-    few = use_decode(M, I, O, C, spline_order)
-    if norm_eps is not None and (few or base_weight is not None):  # else it is taken inside the kernel of Phi
-        x, norm_eps = torch_kan.normalise(x, norm_eps), None
-    if few:
+    if use_decode(M, I, O, C, spline_order):
+        x = x if norm_eps is None else torch_kan.normalise(x, norm_eps)
         _, sms = _device_properties(x.device.index)
         return decode(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, sms=sms)
     y = spline_weight.new_empty(M, O)
-    if base_weight is not None:
-        torch.mm(torch_kan.base_input(x, gate, base_activation, y.dtype), base_weight.mT, out=y)
+    activation = None if base_weight is None else base_activation
     for rows in _chunks(M, I * C * spline_weight.element_size()):
-        parts = x[rows], _part(gate, rows), grid, grid_size, spline_order
-        a = phi(*parts, y.dtype, base_weight is not None, norm_eps)
+        a, base = phi(x[rows], _part(gate, rows), grid, grid_size, spline_order, y.dtype, activation, norm_eps)
+        if base_weight is not None:
+            torch.mm(base, base_weight.mT, out=y[rows])
         y[rows].addmm_(a, spline_weight, beta=0 if base_weight is None else 1)
-        del a  # before the next is made
+        del a, base  # before the next are made
     return y
 
 
@@ -380,33 +393,42 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, gate, spline_weight and base_weight, each where `needs` asks for it, else None."""
     needs_x, needs_gate, needs_weight, needs_base = needs
-    raw, eps = x, norm_eps
-    if norm_eps is not None and base_weight is not None:
-        x, norm_eps = torch_kan.normalise(x, norm_eps), None
     (M, I), C, dtype = x.shape, grid_size + spline_order, spline_weight.dtype
-    inward = needs_x or needs_gate
+    inward, outward = needs_x or needs_gate, needs_weight or needs_base
     dx = x.new_empty(M, I) if inward else None
     dgate = gate.new_empty(M, I) if inward and gate is not None else None
+    activation = None if base_weight is None else base_activation
     chunks = _chunks(M, I * C * spline_weight.element_size())
-    dweight = None
-    if needs_weight and len(chunks) != 1:  # they add up in float32, in a fixed order
-        dweight = spline_weight.new_zeros(spline_weight.shape, dtype=torch.float32)
+    dweight = dbase = None
+    if len(chunks) != 1:  # they add up in float32, in a fixed order
+        dweight = spline_weight.new_zeros(spline_weight.shape, dtype=torch.float32) if needs_weight else None
+        dbase = base_weight.new_zeros(base_weight.shape, dtype=torch.float32) if needs_base else None
     for rows in chunks:
         parts = x[rows], _part(gate, rows), grid, grid_size, spline_order
-        a = None
+        a = base = None
         if inward:
             a = dy[rows] @ spline_weight.mT
-            dinput = None if base_weight is None else dy[rows] @ base_weight
-            make_phi = needs_weight and in_words(dtype, C)
-            fold(dx[rows], _part(dgate, rows), a, dinput, *parts, base_activation, make_phi, norm_eps)
-            a = a if make_phi else None
+            base = None if base_weight is None else dy[rows] @ base_weight
+            make_phi = outward and in_words(dtype, C)
+            fold(dx[rows], _part(dgate, rows), a, base, *parts, base_activation, make_phi, norm_eps)
+            if not make_phi:
+                a = base = None
+        if outward and a is None:
+            a, base = phi(*parts, dtype, activation, norm_eps)
         if needs_weight:
-            a = phi(*parts, dtype, base_weight is not None, norm_eps) if a is None else a
-            dweight = a.mT @ dy[rows] if len(chunks) == 1 else dweight.add_(a.mT @ dy[rows])
-    dbase = dy.mT @ torch_kan.base_input(x, gate, base_activation, dtype) if needs_base else None
-    if needs_x and eps is not None and norm_eps is None:
-        dx = torch_kan.normalise_backward(dx, raw, eps)
-    return dx if needs_x else None, dgate if needs_gate else None, dweight.to(dtype) if needs_weight else None, dbase
+            dweight = _add(dweight, a.mT @ dy[rows])
+        if needs_base:
+            dbase = _add(dbase, dy[rows].mT @ base)
+    return (
+        dx if needs_x else None,
+        dgate if needs_gate else None,
+        dweight.to(dtype) if needs_weight else None,
+        dbase.to(base_weight.dtype) if needs_base else None,
+    )
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def phi(
@@ -416,27 +438,32 @@ def phi(
     grid_size: int,
     spline_order: int,
     dtype: torch.dtype,
-    based: bool,
+    base_activation: str | None,
     norm_eps: float | None = None,
-) -> Tensor:
-    """Phi (M, I*C) in `dtype`; without a base term, of the grid's closest point to x (normalised, with `norm_eps`)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Phi (M, I*C) and gate * act(x) (M, I) in `dtype`, with `norm_eps` of the normalised x.
+
+    Without a base activation Phi is that of the grid's closest point, and there is no second.
+    """
     (M, I), C = x.shape, grid_size + spline_order
-    out = x.new_empty(M, I * C, dtype=dtype)
+    out, based = x.new_empty(M, I * C, dtype=dtype), base_activation is not None
+    base = x.new_empty(M, I, dtype=dtype) if based else None
     if out.numel() == 0:
-        return out
+        return out, base
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
     arguments = (
-        out, x, gate_or_x, grid, M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0,
-        grid_size, spline_order, gate is not None, based, norm_eps is not None,
+        out, base if based else out, x, gate_or_x, grid,
+        M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0,
+        grid_size, spline_order, base_activation or "identity", gate is not None, based, norm_eps is not None,
     )  # fmt: skip
+    rows, columns, warps = PHI if norm_eps is None else PHI_NORM
     with torch.cuda.device_of(x):
-        rows = PHI_ROWS if norm_eps is None else 1
         if in_words(dtype, C):
-            sides = _tile(rows, I, C)
-            _phi_kernel[_programs(M, I, *sides, norm_eps)](*arguments, *sides)
+            sides = _tile(rows, columns, warps, I, C)
+            _phi_kernel[_programs(M, I, *sides, norm_eps)](*arguments, *sides, num_warps=warps)
         else:
-            _phi_flat_kernel[_programs(M, I * C, rows, COLUMNS, norm_eps)](*arguments, rows, COLUMNS)
-    return out
+            _phi_flat_kernel[_programs(M, I * C, rows, columns, norm_eps)](*arguments, rows, columns, num_warps=warps)
+    return out, base
 
 
 def fold(
@@ -453,18 +480,22 @@ def fold(
     make_phi: bool = False,
     norm_eps: float | None = None,
 ) -> None:
-    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I); with `make_phi` Phi into dphi, if `in_words`."""
+    """Write dx and dgate (M, I) from dphi (M, I*C) and dbase (M, I).
+
+    With `make_phi`, for what is `in_words`, these two become Phi and gate * act(x).
+    """
     (M, I), C = x.shape, grid_size + spline_order
     if dx.numel() == 0:
         return
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
-    sides = _tile(1, I, triton.next_power_of_2(C))
+    rows, columns, warps = FOLD if norm_eps is None else FOLD_NORM
+    sides = _tile(rows, columns, warps, I, triton.next_power_of_2(C))
     with torch.cuda.device_of(x):
         _fold_kernel[_programs(M, I, *sides, norm_eps)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
             M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0, grid_size, spline_order,
             base_activation, gate is not None, dbase is not None, norm_eps is not None,
-            in_words(dphi.dtype, C), make_phi, *sides,
+            in_words(dphi.dtype, C), make_phi, *sides, num_warps=warps,
             enable_fp_fusion=False,  # t - live in one rounding would leave the live interval, where slopes jump
         )  # fmt: skip
 
@@ -474,9 +505,9 @@ def in_words(dtype: torch.dtype, count: int) -> bool:
     return dtype.itemsize == 2 and count in (4, 8, 16)
 
 
-def _tile(rows: int, I: int, count: int) -> tuple[int, int]:
+def _tile(rows: int, columns: int, warps: int, I: int, count: int) -> tuple[int, int]:
     """Rows and inputs of a tile, `count` functions an input: at least one input a thread; more rows where I is less."""
-    wanted = max(COLUMNS // count, 128)
+    wanted = max(columns // count, 32 * warps)
     inputs = min(wanted, triton.next_power_of_2(I))
     return rows * wanted // inputs, inputs
 
