@@ -368,14 +368,14 @@ class _KANFeedForward(FeedForward):
         self.down_proj = KANLinear(intermediate_size, hidden_size, init_gain=init_gain, **kan)
         self.elementwise_flops = intermediate_size * NORM_FLOPS * ffn_norm
 
-    def _down(self, z: Tensor, gate: Tensor | None = None) -> Tensor:
+    def _down(self, z: Tensor, **gate: Tensor) -> Tensor:
         """The last KAN layer of the normalised z. In training it is normalised inside the operator, which keeps z alone
         for backward; in evaluation before it, so that hooks on `down_proj` see what its functions do."""
         if not self.ffn_norm:
-            return self.down_proj(z, gate=gate)
+            return self.down_proj(z, **gate)
         if self.training:
-            return self.down_proj(z, gate=gate, norm_eps=self.norm_eps)
-        return self.down_proj(normalise(z, self.norm_eps), gate=gate)
+            return self.down_proj(z, norm_eps=self.norm_eps, **gate)
+        return self.down_proj(normalise(z, self.norm_eps), **gate)
 
 
 class KAN(_KANFeedForward):
@@ -414,7 +414,7 @@ class KANGated(_KANFeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.gate_proj(x)
-        return self._down(z, _value(self.up_proj, x, z))
+        return self._down(z, gate=_value(self.up_proj, x, z))
 
 
 def _value(up_proj: nn.Linear | None, x: Tensor, gate: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import activation, clamped, first_live, grid_scale, spline
+from kansformer.kernels.triton_basis import activation, ceil_div, clamped, first_live, grid_scale, spline
 
 # A share of I per program is at least this long: one partial sum written and read (8 bytes, in L2) per 2 * (k + 1) * 16
 # bytes of 16-bit weights read.
@@ -115,10 +115,10 @@ def decode(
     y = (spline_weight if scale is None else scale).new_empty(M, O)
     if y.numel() == 0 or I == 0:
         return y.zero_()
-    blocks = triton.cdiv(O, BLOCK_O)
-    splits = min(triton.cdiv(PROGRAMS_PER_SM * sms, blocks * M), triton.cdiv(I, LEAST_SHARE))
-    per_split = triton.cdiv(triton.cdiv(I, splits), BLOCK_I) * BLOCK_I
-    splits = triton.cdiv(I, per_split)
+    blocks = ceil_div(O, BLOCK_O)
+    splits = min(ceil_div(PROGRAMS_PER_SM * sms, blocks * M), ceil_div(I, LEAST_SHARE))
+    per_split = ceil_div(ceil_div(I, splits), BLOCK_I) * BLOCK_I
+    splits = ceil_div(I, per_split)
     grid = grid.to(torch.float32).contiguous()
     partial = y.new_empty(splits, M, O, dtype=torch.float32) if splits > 1 else grid
     weight = spline_weight.contiguous()
@@ -151,7 +151,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """out = partial.sum(0) for a float32 partial (splits, *out.shape), in an order that depends on the splits alone."""
     BLOCK, ROWS = 256, 16  # what waits is latency: a row at a time, four were in flight
     with torch.cuda.device_of(out):
-        _sum_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        _sum_kernel[(ceil_div(out.numel(), BLOCK),)](
             out, partial, out.numel(), len(partial), BLOCK=BLOCK, ROWS=ROWS, enable_fp_fusion=True
         )
     return out

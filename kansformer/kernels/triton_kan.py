@@ -32,9 +32,11 @@ from kansformer.kernels import torch_kan
 from kansformer.kernels.triton_basis import (
     activation,
     activation_derivative,
+    ceil_div,
     clamped,
     first_live,
     grid_scale,
+    power_of_2,
     spline,
     spline_derivative,
 )
@@ -45,8 +47,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
 # Rows, columns of Phi and warps of a program's tile, measured on an H200 (benchmarks/results/LOG.md). With a norm a
 # program goes along whole rows tile by tile.
-PHI, PHI_NORM = (4, 1024, 4), (1, 1024, 4)
-FOLD, FOLD_NORM = (1, 1024, 4), (1, 2048, 2)
+PHI, PHI_NORM, FOLD = (4, 1024, 4), (1, 2048, 4), (1, 1024, 4)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -349,10 +350,12 @@ def forward(
     y = spline_weight.new_empty(M, O)
     activation = None if base_weight is None else base_activation
     for rows in _chunks(M, I * C * spline_weight.element_size()):
-        a, base = phi(x[rows], _part(gate, rows), grid, grid_size, spline_order, y.dtype, activation, norm_eps)
-        if base_weight is not None:
-            torch.mm(base, base_weight.mT, out=y[rows])
-        y[rows].addmm_(a, spline_weight, beta=0 if base_weight is None else 1)
+        parts = _part(x, rows), _part(gate, rows), grid, grid_size, spline_order
+        a, base = phi(*parts, y.dtype, activation, norm_eps)
+        out = _part(y, rows)
+        if base is not None:
+            torch.mm(base, base_weight.mT, out=out)
+        out.addmm_(a, spline_weight, beta=0 if base is None else 1)
         del a, base  # before the next are made
     return y
 
@@ -404,21 +407,21 @@ def backward(
         dweight = spline_weight.new_zeros(spline_weight.shape, dtype=torch.float32) if needs_weight else None
         dbase = base_weight.new_zeros(base_weight.shape, dtype=torch.float32) if needs_base else None
     for rows in chunks:
-        parts = x[rows], _part(gate, rows), grid, grid_size, spline_order
-        a = base = None
+        parts = _part(x, rows), _part(gate, rows), grid, grid_size, spline_order
+        dy_part, a, base = _part(dy, rows), None, None
         if inward:
-            a = dy[rows] @ spline_weight.mT
-            base = None if base_weight is None else dy[rows] @ base_weight
+            a = dy_part @ spline_weight.mT
+            base = None if base_weight is None else dy_part @ base_weight
             make_phi = outward and in_words(dtype, C)
-            fold(dx[rows], _part(dgate, rows), a, base, *parts, base_activation, make_phi, norm_eps)
+            fold(_part(dx, rows), _part(dgate, rows), a, base, *parts, base_activation, make_phi, norm_eps)
             if not make_phi:
                 a = base = None
         if outward and a is None:
             a, base = phi(*parts, dtype, activation, norm_eps)
         if needs_weight:
-            dweight = _add(dweight, a.mT @ dy[rows])
+            dweight = _add(dweight, a.mT @ dy_part)
         if needs_base:
-            dbase = _add(dbase, dy[rows].mT @ base)
+            dbase = _add(dbase, dy_part.mT @ base)
     return (
         dx if needs_x else None,
         dgate if needs_gate else None,
@@ -488,14 +491,13 @@ def fold(
     if dx.numel() == 0:
         return
     grid, gate_or_x = _ranges(grid), x if gate is None else gate
-    rows, columns, warps = FOLD if norm_eps is None else FOLD_NORM
-    sides = _tile(rows, columns, warps, I, triton.next_power_of_2(C))
+    sides = _tile(*FOLD, I, power_of_2(C))
     with torch.cuda.device_of(x):
         _fold_kernel[_programs(M, I, *sides, norm_eps)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
             M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0, grid_size, spline_order,
             base_activation, gate is not None, dbase is not None, norm_eps is not None,
-            in_words(dphi.dtype, C), make_phi, *sides, num_warps=warps,
+            in_words(dphi.dtype, C), make_phi, *sides, num_warps=FOLD[2],
             enable_fp_fusion=False,  # t - live in one rounding would leave the live interval, where slopes jump
         )  # fmt: skip
 
@@ -508,24 +510,24 @@ def in_words(dtype: torch.dtype, count: int) -> bool:
 def _tile(rows: int, columns: int, warps: int, I: int, count: int) -> tuple[int, int]:
     """Rows and inputs of a tile, `count` functions an input: at least one input a thread; more rows where I is less."""
     wanted = max(columns // count, 32 * warps)
-    inputs = min(wanted, triton.next_power_of_2(I))
+    inputs = min(wanted, power_of_2(I))
     return rows * wanted // inputs, inputs
 
 
 def _programs(rows: int, columns: int, block_rows: int, block_columns: int, norm_eps: float | None) -> tuple[int]:
     """A tile a program, or with a norm whole rows."""
-    return (triton.cdiv(rows, block_rows) * (1 if norm_eps is not None else triton.cdiv(columns, block_columns)),)
+    return (ceil_div(rows, block_rows) * (1 if norm_eps is not None else ceil_div(columns, block_columns)),)
 
 
 def _chunks(size: int, bytes_each: int) -> list[slice]:
     """As few chunks of about the same length as CHUNK_BYTES allows."""
-    count = max(1, triton.cdiv(size * bytes_each, CHUNK_BYTES))
-    step = max(1, triton.cdiv(size, count))
+    count = max(1, ceil_div(size * bytes_each, CHUNK_BYTES))
+    step = max(1, ceil_div(size, count))
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+    return tensor if tensor is None or rows.stop - rows.start == tensor.shape[0] else tensor[rows]
 
 
 def _ranges(grid: Tensor) -> Tensor:
