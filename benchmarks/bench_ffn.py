@@ -407,30 +407,26 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    d = max(r["d"] for r in result["training"])
-    panels = [
-        (
-            f"Forward + backward, d = {d} (MLP = 1)",
-            {r["block"]: r["step_ratio"] for r in result["training"] if r["d"] == d},
-        ),
-        (
-            f"Saved for backward, d = {d} (MLP = 1)",
-            {r["block"]: r["saved_ratio"] for r in result["training"] if r["d"] == d},
-        ),
-    ]
+    training = [r for r in result["training"] if " torch" not in r["block"]]
+    compiled = [r for r in training if r["block"].endswith(" compiled")]
+    how = ", compiled" if compiled else ""
+    panels = []
+    for d in sorted({r["d"] for r in training}):
+        rows = [r for r in compiled or training if r["d"] == d]
+        panels.append((f"Step{how}, d = {d}", {r["block"].removesuffix(" compiled"): r["step_ratio"] for r in rows}))
+    panels.append(("Saved for backward", {r["block"].removesuffix(" compiled"): r["saved_ratio"] for r in rows}))
     if result["decoding"]:
         d = max(r["d"] for r in result["decoding"])
-        panels.append(
-            (
-                f"Decoding one token, d = {d} (MLP = 1)",
-                {r["block"]: r["ratio"] for r in result["decoding"] if r["d"] == d},
-            )
-        )
+        rows = [r for r in result["decoding"] if r["d"] == d]
+        panels.append((f"Decoding, d = {d}", {r["block"]: r["ratio"] for r in rows}))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
     longest = max(len(values) for _, values in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.4 * len(panels), 0.9 + 0.33 * longest), constrained_layout=True
-    )
-    for axis, (title, values) in zip(axes, panels):
+    size = (4.6 * columns, lines * (0.9 + 0.3 * longest))
+    figure, axes = plt.subplots(lines, columns, figsize=size, constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, values) in zip(axes.flat, panels):
         names = list(values)[::-1]
         colours = [
             "#c2410c" if n.startswith("kan") else "#9ca3af" if n.startswith("peer") else "#1d4ed8" for n in names
@@ -439,7 +435,7 @@ def draw(result: dict, path: Path) -> None:
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axis.axvline(1, color="#1f2937", linewidth=0.8)
         axis.set_xlim(0, 1.15 * max(values.values()))
-        axis.set_title(title, fontsize=10)
+        axis.set_title(f"{title} (MLP = 1)", fontsize=10)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     write_figure(path, figure, result["environment"])

@@ -11,11 +11,12 @@ matrix product Phi @ W, and its gradients are two more:
 
 2 M I C O FLOPs each, what a linear layer of as many parameters costs. One kernel writes Phi, one folds dPhi into dx and
 dgate; both move every element once and are bound by that: against the products 3 to 6 bytes per 2 O FLOPs. Phi and dPhi
-live for one product, in chunks of rows of at most CHUNK_BYTES, and are never saved; where C is a power of 2, the kernel
-that folds dPhi leaves Phi in its place for dW. Only dW adds chunks up, in a fixed order: runs are bit-equal.
+live for one product, in chunks of rows of at most CHUNK_BYTES, and are never saved; in 16 bits with C = 4, 8 or 16 the
+kernel that folds dPhi leaves Phi in its place for dW. Only weights' gradients add chunks up, in a fixed order: runs are
+bit-equal. With `norm_eps` x is RMS-normalised in the same two kernels.
 
 Evaluating splines inside a matrix kernel, so that Phi never exists, was built first and measured on an H200: 365 to 409
-TFLOP/s in forward and 299 to 350 in dW, where this has 529 to 818 and 504 to 804 (benchmarks/results/LOG.md).
+TFLOP/s in forward and 299 to 350 in dW, where Phi and cuBLAS had 529 to 818 and 504 to 804 (benchmarks/results/LOG.md).
 
 Splines are float32 throughout, Phi and the products in the weights' dtype with float32 accumulation (float32: tf32 or
 exact, as `torch.backends.cuda.matmul` says).
@@ -213,7 +214,7 @@ def _fold_kernel(
                 tl.store(dbase_ptr + first + offs, base.to(dbase_ptr.dtype.element_ty), mask=inside)
     if HAS_NORM:
         mean = tl.sum(product, axis=1)[:, None] / I
-        tl.debug_barrier()
+        tl.debug_barrier()  # other threads of the program have written what this one reads
         for start in range(0, I, 4 * BLOCK_I):
             offs_i = start + tl.arange(0, 4 * BLOCK_I)
             offs = offs_m[:, None] * I + offs_i[None, :]
