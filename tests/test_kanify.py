@@ -316,8 +316,9 @@ def test_loading_says_nothing_where_stock_transformers_warns(tmp_path, caplog):
     caplog.set_level(logging.WARNING, logger.name)  # whatever a trainer has set in this process
     logger.addHandler(caplog.handler)
     try:
+        caplog.clear()  # pytest itself listens to transformers' loggers, some versions of it
         assert type(load_kanified(tmp_path)) is GPT2LMHeadModel
-        assert not caplog.text
+        assert not [record for record in caplog.records if record.name == logger.name]
         GPT2LMHeadModel.from_pretrained(tmp_path)
         assert "UNEXPECTED" in caplog.text
     finally:
