@@ -22,7 +22,10 @@ AXES = {"parameters": "equal parameters", "seconds": "equal training seconds", "
 def main() -> None:
     results = load(RESULTS)
     parts = ["# What SwiGLU needs to match a KAN block", "`python benchmarks/sweeps.py`"]
-    parts.append("Above 1x the KAN block is ahead; with 95% intervals, the least trained models first.")
+    parts.append(
+        "Above 1x the KAN block is ahead; with 95% intervals, the least trained models first. Where no SwiGLU of about as "
+        "many parameters was trained there is a dash."
+    )
     parts.append(table(results))
     parts.append(edges(results))
     parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
@@ -125,7 +128,8 @@ def ratio(line: dict | None) -> str:
 def draw(results: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d", "C=8, wide, refined": "#7e22ce"}
+    colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d"}
+    colours |= {"C=8, wide, refined": "#7e22ce", "C=16, wide, refined": "#be185d"}
     rows = [
         (f"{title(result)}: {name.partition(' ')[2]}", lines)
         for result in results
