@@ -23,8 +23,8 @@ def main() -> None:
     results = load(RESULTS)
     parts = ["# What SwiGLU needs to match a KAN block", "`python benchmarks/sweeps.py`"]
     parts.append(
-        "Above 1x the KAN block is ahead; with 95% intervals, the least trained models first. Where no SwiGLU of about as "
-        "many parameters was trained there is a dash."
+        "Above 1x the KAN block is ahead; with 95% intervals, the least trained models first. Where no SwiGLU of about "
+        "as many parameters was trained there is a dash."
     )
     parts.append(table(results))
     parts.append(edges(results))

@@ -316,6 +316,28 @@ def test_every_option_changes_the_output(ffn_type, option):
     assert not torch.allclose(*outputs)
 
 
+@pytest.mark.parametrize("base", [None, "silu"])
+@pytest.mark.parametrize("ffn_type", KAN_TYPES)
+def test_the_norm_inside_the_operator(ffn_type, base):
+    """Training and evaluation compute the same, with the same gradients; training keeps no normalised copy."""
+    block = feed_forward(ffn_type, 16, 24, base_activation=base, norm_eps=1e-2, dtype=torch.float64)
+    results, kept, seen = [], [], []
+    block.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for training in (True, False):
+        x = torch.randn(50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        storages = set()
+        keep = lambda tensor, found=storages: found.add(tensor.untyped_storage().data_ptr()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = block.train(training)(x)
+        results.append([y, *torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))])
+        kept.append(len(storages))
+    for trained, evaluated in zip(*results):
+        assert_close(trained, evaluated, 1e-13)
+    assert kept[0] < kept[1]
+    raw, normalised = seen
+    assert_close(normalised, raw / (raw.square().mean(-1, keepdim=True) + 1e-2).sqrt(), 1e-13)
+
+
 def test_functions_are_per_edge():
     """A KAN layer is no linear layer on shared features: two outputs may bend the same input differently."""
     layer = KANLinear(1, 2, grid_size=8, base_activation=None)
