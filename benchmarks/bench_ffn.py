@@ -407,18 +407,19 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def values(rows: list[dict], d: int, key: str) -> dict[str, float]:
+        return {r["block"].removesuffix(" compiled"): r[key] for r in rows if r["d"] == d}
+
     training = [r for r in result["training"] if " torch" not in r["block"]]
     compiled = [r for r in training if r["block"].endswith(" compiled")]
     how = ", compiled" if compiled else ""
     panels = []
     for d in sorted({r["d"] for r in training}):
-        rows = [r for r in compiled or training if r["d"] == d]
-        panels.append((f"Step{how}, d = {d}", {r["block"].removesuffix(" compiled"): r["step_ratio"] for r in rows}))
-    panels.append(("Saved for backward", {r["block"].removesuffix(" compiled"): r["saved_ratio"] for r in rows}))
+        panels.append((f"Step{how}, d = {d}", values(compiled or training, d, "step_ratio")))
+    panels.append((f"Saved for backward, d = {d}", values(compiled or training, d, "saved_ratio")))
     if result["decoding"]:
         d = max(r["d"] for r in result["decoding"])
-        rows = [r for r in result["decoding"] if r["d"] == d]
-        panels.append((f"Decoding, d = {d}", {r["block"]: r["ratio"] for r in rows}))
+        panels.append((f"Decoding, d = {d}", values(result["decoding"], d, "ratio")))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     longest = max(len(values) for _, values in panels)

@@ -55,7 +55,7 @@ def linear_layer(M: int, I: int, O: int) -> list[Kernel]:
 
 
 def kan_layer(M: int, I: int, O: int, C: int, *, gate: bool = False, base: bool = True) -> list[Kernel]:
-    """Forward and backward of one KAN layer; a norm before it moves nothing of its own."""
+    """Forward and backward of one KAN layer; a norm moves nothing more (rows are read again, from cache)."""
     inputs, phi = M * I * (1 + gate), M * I * (C + base)  # the base function goes where Phi goes
     kernels = [
         elementwise("phi", inputs + phi),

@@ -3,8 +3,9 @@
     y[m, o] = b[o] + sum_i gate[m, i] * ( base_weight[o, i] * act(x[m, i]) + sum_c W[i*C + c, o] * B_c(x[m, i]) )
 
 (Liu et al. 2024, arXiv:2404.19756, eq. 2.10; `gate` makes every edge a gate function, the product nodes of KAN 2.0,
-arXiv:2408.10205.) `torch.library` sees two operators, `kansformer::kan_linear` and its backward, so torch.compile,
-activation checkpointing, FSDP and export see one node whatever the backend. Saved for backward: x and gate, no basis.
+arXiv:2408.10205.) `torch.library` has operators, `kansformer::kan_linear`, its backward and one for int8, so that what
+looks on (torch.compile, export, dispatch modes, tensor subclasses) sees one node whatever the backend; else autograd
+alone calls the kernels. Saved for backward: x and gate, no basis.
 """
 
 import functools
@@ -75,7 +76,7 @@ def kan_linear(
         ValueError, TypeError: on shapes, dtypes or settings that do not fit together, naming them.
         RuntimeError: if `backend` names one that cannot run here, saying why.
     """
-    _check(x, spline_weight, grid, grid_size, spline_order, base_weight, bias, base_activation, gate)
+    _check(x, spline_weight, grid, grid_size, spline_order, base_weight, bias, base_activation, gate, norm_eps)
     dtype = spline_weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -84,17 +85,16 @@ def kan_linear(
     if gate is not None and gate.dtype.itemsize > dtype.itemsize:
         gate = gate.to(dtype)  # its product with a function is rounded to it next; half as much to keep
     rows = x.reshape(-1, x.shape[-1]), None if gate is None else gate.reshape(-1, x.shape[-1])
-    if norm_eps is not None and hasattr(spline_weight, "qdata"):
-        rows, norm_eps = (torch_kan.normalise(rows[0], norm_eps), rows[1]), None
-    int8_settings = grid, base_weight, grid_size, spline_order, base_activation, backend
-    settings = *int8_settings[:-1], norm_eps, backend
+    layer = grid, base_weight, grid_size, spline_order, base_activation
+    settings = *layer, norm_eps, backend
     if under_transform():
         weight = spline_weight.dequantize() if hasattr(spline_weight, "qdata") else spline_weight
         y = _plain(*rows, weight.to(dtype), *settings)
     elif hasattr(spline_weight, "qdata"):  # of torchao
         if _int8_by_rows(spline_weight) and not (torch.is_grad_enabled() and any(_needs_grad(rows, base_weight))):
-            scale = spline_weight.scale.flatten().to(dtype)
-            y = torch.ops.kansformer.kan_linear_int8(*rows, spline_weight.qdata, scale, *int8_settings)
+            scale, (inputs, gates) = spline_weight.scale.flatten().to(dtype), rows
+            inputs = inputs if norm_eps is None else torch_kan.normalise(inputs, norm_eps)
+            y = torch.ops.kansformer.kan_linear_int8(inputs, gates, spline_weight.qdata, scale, *layer, backend)
         else:
             y = torch.ops.kansformer.kan_linear(*rows, spline_weight.dequantize().to(dtype), *settings)
     elif x.device.type == "cpu" and _inline(backend, *_needs_grad(rows, spline_weight, base_weight)):
@@ -200,13 +200,15 @@ _kan_linear = torch.library.custom_op("kansformer::kan_linear", _forward, mutate
 
 
 def _observed(*tensors: Tensor | None) -> bool:
-    """Whether anything needs to see one operator: a compiler or exporter, a dispatch mode, a tensor subclass.
+    """Whether anything needs to see one operator: a compiler, exporter or tracer, a dispatch mode, a tensor subclass.
 
     Where nothing does, calling through torch.library only costs: a fifth of a small layer's time with one row.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors if tensor is not None)
+    given = [tensor for tensor in tensors if tensor is not None]
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+    return not plain or any(map(torch._C._functorch.is_batchedtensor, given))
 
 
 @_kan_linear.register_fake
@@ -427,7 +429,10 @@ def _check(
     bias: Tensor | None,
     base_activation: str,
     gate: Tensor | None,
+    norm_eps: float | None,
 ) -> None:
+    if norm_eps is not None and not (isinstance(norm_eps, (int, float)) and norm_eps >= 0):
+        raise ValueError(f"norm_eps is {norm_eps!r}: it must be a number of at least 0, or None for no norm")
     if grid_size < 1 or spline_order not in (1, 2, 3):
         raise ValueError(
             f"kan_linear needs grid_size >= 1 and spline_order 1, 2 or 3, got {grid_size} and {spline_order}"

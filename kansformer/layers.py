@@ -369,8 +369,8 @@ class _KANFeedForward(FeedForward):
         self.elementwise_flops = intermediate_size * NORM_FLOPS * ffn_norm
 
     def _down(self, z: Tensor, **gate: Tensor) -> Tensor:
-        """The last KAN layer of the normalised z. In training it is normalised inside the operator, which keeps z alone
-        for backward; in evaluation before it, so that hooks on `down_proj` see what its functions do."""
+        """The last KAN layer of the normalised z. In training `down_proj` gets z and `norm_eps`, and keeps z alone for
+        backward; in evaluation it gets the normalised z, so that hooks on it see what its functions do."""
         if not self.ffn_norm:
             return self.down_proj(z, **gate)
         if self.training:

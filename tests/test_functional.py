@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from kansformer import splines
-from kansformer.functional import BASE_ACTIVATIONS, choose_backend, kan_linear
+from kansformer.functional import BASE_ACTIVATIONS, choose_backend, decompositions, kan_linear
 from kansformer.kernels import torch_kan
 from kansformer.layers import KANLinear
 
@@ -213,6 +213,65 @@ def test_compiled_transforms(backend):
         torch._dynamo.reset()
         assert f(x).norm() > 0.1
         assert_close(torch.compile(f, backend=backend)(x), f(x), 1e-6)
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_norm_eps_is_a_norm_before_the_layer(based):
+    """Values, gradients of two orders, torch.func, compiled training, the operator as plain operations."""
+    t = tensors(7, 3, gated=True, based=based)
+    call = lambda x, gate=t["gate"], **options: layer(t | {"x": x, "gate": gate}, 3, **options)  # noqa: E731
+    inside = lambda x, *gate: call(x, *gate, norm_eps=0.1)  # noqa: E731
+    x, before = t["x"], call(torch_kan.normalise(t["x"], 0.1))
+    (slope,) = torch.autograd.grad(before.sum(), x, retain_graph=True)
+    for function in (inside, torch.compile(inside, backend="aot_eager", fullgraph=True)):
+        assert_close(function(x), before, 1e-13)
+        assert_close(torch.autograd.grad(function(x).sum(), x)[0], slope, 1e-13)
+    assert torch.autograd.gradgradcheck(inside, (x,))
+    each = torch.func.vmap(torch.func.grad(lambda x, gate: inside(x, gate).sum()))
+    assert_close(each(x, t["gate"]), slope, 1e-13)
+    operands = t["x"], t["gate"], t["spline_weight"], t["grid"], t["base_weight"]
+    plain = decompositions()[torch.ops.kansformer.kan_linear.default]
+    assert_close(plain(*operands, G, 3, "silu", 0.1), before, 1e-13)
+
+
+@pytest.mark.parametrize("norm_eps", [-1.0, float("nan"), "1e-6"])
+def test_a_bad_norm_eps_is_said(norm_eps):
+    with pytest.raises(ValueError, match="norm_eps is"):
+        layer(tensors(2, 1), 1, norm_eps=norm_eps)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_eager_training_calls_no_operator_where_nothing_looks_on(monkeypatch):
+    """And the operator where something does: a dispatch mode, a tracer. Both give the same bits."""
+    t = tensors(9, 1, gated=True)
+    calls = []
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **kwargs or {})
+
+    def step():
+        y = layer(t, 1)
+        return [y, *torch.autograd.grad(y.sum(), [v for v in t.values() if v is not None and v.requires_grad])]
+
+    with Look():
+        seen = step()
+    assert [call for call in calls if "kansformer" in call] == [
+        "kansformer.kan_linear.default",
+        "kansformer.kan_linear_backward.default",
+    ]
+    for name in ("kan_linear", "kan_linear_backward"):
+        monkeypatch.setattr(torch.ops.kansformer, name, None)
+    for value, expected in zip(step(), seen):
+        assert torch.equal(value, expected)
+    monkeypatch.undo()
+    for name in ("kan_linear", "kan_linear_backward", "kan_linear_int8"):
+        assert torch.Tag.flexible_layout in getattr(torch.ops.kansformer, name).default.tags
+    module = KANLinear(I, O)
+    traced = torch.jit.trace(module, torch.randn(5, I), check_trace=False)
+    x = torch.randn(31, I)
+    assert_close(traced(x), module(x), 1e-6)
 
 
 def test_third_derivative():

@@ -13,7 +13,8 @@ matrix product Phi @ W, and its gradients are two more:
 dgate; both move every element once and are bound by that: against the products 3 to 6 bytes per 2 O FLOPs. Phi and dPhi
 live for one product, in chunks of rows of at most CHUNK_BYTES, and are never saved; in 16 bits with C = 4, 8 or 16 the
 kernel that folds dPhi leaves Phi in its place for dW. Only weights' gradients add chunks up, in a fixed order: runs are
-bit-equal. With `norm_eps` x is RMS-normalised in the same two kernels.
+bit-equal. With `norm_eps` x is RMS-normalised in the same two kernels, which go over its rows twice and three times, at
+best in cache.
 
 Evaluating splines inside a matrix kernel, so that Phi never exists, was built first and measured on an H200: 365 to 409
 TFLOP/s in forward and 299 to 350 in dW, where Phi and cuBLAS had 529 to 818 and 504 to 804 (benchmarks/results/LOG.md).
