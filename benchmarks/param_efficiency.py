@@ -199,6 +199,13 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
     """A block matched to the reference, or to another model, to the closest multiple of `multiple` units."""
     fields = size | model
     fields.pop("coarse_grids", None)
+    if isinstance(model["ffn_type"], list):  # every kind for itself
+        parts = [model | {"ffn_type": kind} for kind in model["ffn_type"]]
+        models = models | dict(enumerate(parts))
+        widths = [configuration(size, part, reference, models, multiple).intermediate_size for part in parts]
+        return KansformerConfig(
+            **{key: fields[key] for key in fields if key != "match"} | {"intermediate_size": widths}
+        )
     matched = fields.pop("match", "params")
     before = list(models)[: list(models.values()).index(model)]
     if matched not in (*MATCHED, *before):
@@ -210,7 +217,7 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
 
     def cost(config: KansformerConfig, width: int) -> float:
         options = (config.ffn_type, config.hidden_size, width)
-        return MATCHED[matched](feed_forward(*options, device="meta", **config.ffn_options))
+        return MATCHED[matched](feed_forward(*options, device="meta", **config.ffn_options(config.ffn_type)))
 
     config, goal = KansformerConfig(**fields | {"intermediate_size": multiple}), cost(target, target.intermediate_size)
     one, two = cost(config, multiple), cost(config, 2 * multiple)  # the cost is linear in the width

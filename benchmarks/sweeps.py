@@ -64,11 +64,14 @@ def kan_blocks(result: dict) -> dict[str, str]:
     """Name in the sweep: name on the page."""
     names = {}
     for name, model in result["sweep"]["models"].items():
-        if model["ffn_type"].startswith("kan"):
+        kinds = [model["ffn_type"]] if isinstance(model["ffn_type"], str) else model["ffn_type"]
+        kan = [kind for kind in kinds if kind.startswith("kan")]
+        if kan:
             fields = KansformerConfig().to_dict() | model
             splines = fields["grid_size"] + fields["spline_order"]
-            names[name] = f"{model['ffn_type']} C={splines}" + ", wide" * (model.get("match") == "weights_read")
+            names[name] = f"{kan[0]} C={splines}" + ", wide" * (model.get("match") == "weights_read")
             names[name] += ", refined" * ("coarse_grids" in model)
+            names[name] += f", {len(kan)} of {len(kinds)} layers" * (len(kan) < len(kinds))
     return names
 
 

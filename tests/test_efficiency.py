@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import param_efficiency as efficiency  # noqa: E402
+import sweeps  # noqa: E402
 
 SIZE = {"vocab_size": 320, "num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": True}
 
@@ -70,6 +71,17 @@ def test_a_run_whose_grids_are_refined_costs_what_its_parts_cost():
     assert cost["both"] | {"flops": 0} == cost["fine"] | {"flops": 0}
     times = efficiency.step_times({("d16", "both"): parts}, values["train"], 1, "cpu")
     assert set(times) == {("d16", "both")}
+
+
+def test_layers_of_two_kinds_have_the_parameters_of_the_reference_each():
+    models = {"swiglu": {"ffn_type": "swiglu"}, "kan_gated": {"ffn_type": "kan_gated"}}
+    models["first"] = {"ffn_type": ["kan_gated", "swiglu"], "match": "params"}
+    values = sweep(models=models)
+    values["sizes"] = {"d16": values["sizes"]["d16"] | {"num_hidden_layers": 2}}
+    widths = {name: efficiency.configured(values, "d16", name).intermediate_size for name in models}
+    assert widths["first"] == [widths["kan_gated"], widths["swiglu"]]
+    names = sweeps.kan_blocks({"sweep": values})
+    assert names == {"kan_gated": "kan_gated C=4", "first": "kan_gated C=4, 1 of 2 layers"}
 
 
 def test_ratio_is_what_was_put_in():

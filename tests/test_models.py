@@ -163,6 +163,27 @@ def test_each_layer_matters(ffn_type):
     assert not torch.allclose(model(tokens()).logits, reference, atol=1e-3)
 
 
+def test_a_kind_of_block_for_each_layer(tmp_path):
+    """Each as wide as its parameters allow; saved, loaded, refined and generating like any other."""
+    kinds = ["kan_gated", "swiglu"]
+    model = tiny_model(ffn_type=kinds)
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["KANGated", "SwiGLU"]
+    assert model.config.intermediate_size == [tiny_config(ffn_type=kind).intermediate_size for kind in kinds]
+    whole = KansformerForCausalLM(tiny_config(ffn_type="swiglu"))
+    assert model.num_parameters() == pytest.approx(whole.num_parameters(), rel=0.01)
+    assert not any("mlp" in rule for rule in model.config.base_model_tp_plan)
+    model.extend_grid(6)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.ffn_type == kinds
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert again.generate(tokens(1, 4), max_new_tokens=3, do_sample=False).shape == (1, 7)
+    with pytest.raises(ValueError, match=r"ffn_type=\['swiglu'\].*one for each of the 2 layers"):
+        tiny_config(ffn_type=["swiglu"])
+    with pytest.raises(ValueError, match="ffn_type="):
+        tiny_config(ffn_type=["swiglu", "relu"])
+
+
 def test_causal():
     model = tiny_model()
     inputs = tokens(1, 16)

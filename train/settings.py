@@ -238,7 +238,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
             f"{longest}: lower the one or raise the other (--model.max_position_embeddings)"
         )
     if settings.coarse_grids:
-        size = getattr(config, "ffn_options", {}).get("grid_size", 0)
+        size = config.grid_size if any(kind.startswith("kan") for kind in getattr(config, "ffn_types", ())) else 0
         rule = f"must end below the model's grid_size, which is {size}" if size else "needs a KAN block"
         _check("coarse_grids", settings.coarse_grids, settings.coarse_grids[-1][1] < size, rule)
     return config

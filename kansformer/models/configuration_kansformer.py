@@ -65,7 +65,8 @@ class KansformerConfig(PreTrainedConfig):
             1/sqrt(fan_in) for linear layers, divided by sqrt(2 * num_hidden_layers) where they write into the
             residual stream; 1 for embeddings, or 1/sqrt(hidden_size) where they are tied. KAN layers have their own
             in either case, derived in `kansformer.layers.KANLinear`.
-        ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas.
+        ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas. Or a list of
+            one for each layer.
         grid_size: G, intervals of the spline grid (KAN blocks).
         spline_order: k, degree of the splines, 1 to 3 (KAN blocks).
         grid_range: (lo, hi) that the grid covers, in units of the normalised input (KAN blocks).
@@ -123,7 +124,7 @@ class KansformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     use_cache: bool = True
     initializer_range: float | int | None = None
-    ffn_type: str = "kan_gated"
+    ffn_type: str | list[str] = "kan_gated"
     grid_size: int = 3
     spline_order: int = 1
     grid_range: list[float | int] | tuple[float | int, ...] = (-2.0, 2.0)
@@ -152,14 +153,9 @@ class KansformerConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
-            self.intermediate_size = match_intermediate_size(
-                self.ffn_type,
-                self.hidden_size,
-                reference=self.match_reference,
-                reference_size=self.match_reference_size,
-                match=self.match_ffn,
-                **self.ffn_options,
-            )
+            sizes = {kind: self._matched_size(kind) for kind in set(self.ffn_types)}
+            several = isinstance(self.ffn_type, list)
+            self.intermediate_size = [sizes[kind] for kind in self.ffn_type] if several else sizes[self.ffn_type]
         self.base_model_tp_plan = self._tensor_parallel_plan()
         self._report_inert_fields()
         super().__post_init__(**kwargs)
@@ -181,10 +177,25 @@ class KansformerConfig(PreTrainedConfig):
         return size if isinstance(size, list) else [size] * self.num_hidden_layers
 
     @property
-    def ffn_options(self) -> dict[str, Any]:
-        """The keyword options of `kansformer.layers.feed_forward` for this `ffn_type`."""
-        options = {field: getattr(self, field) for field in _FFN_FIELDS[self.ffn_type]}
-        return options if self.ffn_type == "mlp" else options | {"norm_eps": self.rms_norm_eps}
+    def ffn_types(self) -> list[str]:
+        """The kind of the feed-forward block of every layer."""
+        kind = self.ffn_type
+        return kind if isinstance(kind, list) else [kind] * self.num_hidden_layers
+
+    def ffn_options(self, kind: str) -> dict[str, Any]:
+        """The keyword options of `kansformer.layers.feed_forward` for blocks of this kind."""
+        options = {field: getattr(self, field) for field in _FFN_FIELDS[kind]}
+        return options if kind == "mlp" else options | {"norm_eps": self.rms_norm_eps}
+
+    def _matched_size(self, kind: str) -> int:
+        return match_intermediate_size(
+            kind,
+            self.hidden_size,
+            reference=self.match_reference,
+            reference_size=self.match_reference_size,
+            match=self.match_ffn,
+            **self.ffn_options(kind),
+        )
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Attention, and the feed-forward block where no norm and no copies of its input run across its split width.
@@ -195,9 +206,9 @@ class KansformerConfig(PreTrainedConfig):
         plan["layers.*.self_attn.o_proj"] = "rowwise"
         if self.qk_norm:  # whole on every rank, each seeing its own heads
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-        whole = self.gate_norm or not self.project_value
-        if self.ffn_type == "mlp" or (self.ffn_type == "swiglu" and not whole):
-            projections = ("gate_proj", "up_proj") if self.ffn_type == "swiglu" else ("up_proj",)
+        whole, kinds = self.gate_norm or not self.project_value, set(self.ffn_types)
+        if kinds == {"mlp"} or (kinds == {"swiglu"} and not whole):
+            projections = ("gate_proj", "up_proj") if kinds == {"swiglu"} else ("up_proj",)
             plan |= {f"layers.*.mlp.{name}": "colwise" for name in projections}
             plan["layers.*.mlp.down_proj"] = "rowwise"
         return plan
@@ -255,7 +266,9 @@ class KansformerConfig(PreTrainedConfig):
                 in_range = token is None or 0 <= token < self.vocab_size
                 _require(in_range, field, value, f"must lie in [0, vocab_size={self.vocab_size})")
 
-        _require(self.ffn_type in FFN_TYPES, "ffn_type", self.ffn_type, f"must be one of {sorted(FFN_TYPES)}")
+        known = set(self.ffn_types) <= set(FFN_TYPES) and len(self.ffn_types) == layers
+        rule = f"must be one of {sorted(FFN_TYPES)}, or a list with one for each of the {layers} layers"
+        _require(known, "ffn_type", self.ffn_type, rule)
         _require(
             self.match_ffn in ("params", "flops", None),
             "match_ffn",
@@ -290,7 +303,7 @@ class KansformerConfig(PreTrainedConfig):
 
     def _report_inert_fields(self) -> None:
         """Warn of feed-forward options that were set but that this `ffn_type` does not read."""
-        inert = set().union(*_FFN_FIELDS.values()) - set(_FFN_FIELDS[self.ffn_type])
+        inert = set().union(*_FFN_FIELDS.values()).difference(*(_FFN_FIELDS[kind] for kind in self.ffn_types))
         changed = [field for field in sorted(inert) if getattr(self, field) != getattr(type(self), field)]
         if changed:
             logger.warning_once(f"ffn_type={self.ffn_type!r} does not read {', '.join(changed)}: no effect.")

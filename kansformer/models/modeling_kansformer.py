@@ -87,12 +87,13 @@ class KansformerDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = KansformerRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = KansformerAttention(config, layer_idx)
         self.post_attention_layernorm = KansformerRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        kind = config.ffn_types[layer_idx]
         self.mlp = feed_forward(
-            config.ffn_type,
+            kind,
             config.hidden_size,
             config.intermediate_sizes[layer_idx],
             init_gain=residual_init_gain(config),
-            **config.ffn_options,
+            **config.ffn_options(kind),
         )
 
     def forward(
