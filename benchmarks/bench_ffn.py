@@ -407,7 +407,7 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def values(rows: list[dict], d: int, key: str) -> dict[str, float]:
+    def ratios(rows: list[dict], d: int, key: str) -> dict[str, float]:
         return {r["block"].removesuffix(" compiled"): r[key] for r in rows if r["d"] == d}
 
     training = [r for r in result["training"] if " torch" not in r["block"]]
@@ -415,11 +415,11 @@ def draw(result: dict, path: Path) -> None:
     how = ", compiled" if compiled else ""
     panels = []
     for d in sorted({r["d"] for r in training}):
-        panels.append((f"Step{how}, d = {d}", values(compiled or training, d, "step_ratio")))
-    panels.append((f"Saved for backward, d = {d}", values(compiled or training, d, "saved_ratio")))
+        panels.append((f"Step{how}, d = {d}", ratios(compiled or training, d, "step_ratio")))
+    panels.append((f"Saved for backward, d = {d}", ratios(compiled or training, d, "saved_ratio")))
     if result["decoding"]:
         d = max(r["d"] for r in result["decoding"])
-        panels.append((f"Decoding, d = {d}", values(result["decoding"], d, "ratio")))
+        panels.append((f"Decoding, d = {d}", ratios(result["decoding"], d, "ratio")))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     longest = max(len(values) for _, values in panels)

@@ -200,12 +200,12 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
     fields = size | model
     fields.pop("coarse_grids", None)
     if isinstance(model["ffn_type"], list):  # every kind for itself
-        parts = [model | {"ffn_type": kind} for kind in model["ffn_type"]]
-        models = models | dict(enumerate(parts))
-        widths = [configuration(size, part, reference, models, multiple).intermediate_size for part in parts]
-        return KansformerConfig(
-            **{key: fields[key] for key in fields if key != "match"} | {"intermediate_size": widths}
-        )
+        parts = {kind: model | {"ffn_type": kind} for kind in model["ffn_type"]}
+        models = models | dict(enumerate(parts.values()))
+        found = {kind: configuration(size, part, reference, models, multiple) for kind, part in parts.items()}
+        fields["intermediate_size"] = [found[kind].intermediate_size for kind in model["ffn_type"]]
+        fields.pop("match", None)
+        return KansformerConfig(**fields)
     matched = fields.pop("match", "params")
     before = list(models)[: list(models.values()).index(model)]
     if matched not in (*MATCHED, *before):

@@ -415,7 +415,7 @@ MANY_CASES = (
             (False, True),
         )
     ]
-    + CASES[:2]
+    + CASES[:3]
     + CASES[-1:]
 )
 # Decoding float32 coefficients puts up to 69 bytes a thread aside with triton 3.9.

@@ -69,17 +69,15 @@ def _phi_kernel(
     first_i = tl.program_id(0) % tiles * BLOCK_I
     offs_m = tl.arange(0, BLOCK_M)
     words_ptr = phi_ptr.to(tl.pointer_type(tl.uint64)) + first_m * I * WORDS
+    scale = 1.0
     if HAS_NORM:
         scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, 4 * BLOCK_I)
     for start in range(first_i, I if HAS_NORM else first_i + BLOCK_I, BLOCK_I):
         offs_i = start + tl.arange(0, BLOCK_I)
         offs = offs_m[:, None] * I + offs_i[None, :]
         inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
-        if HAS_NORM:
-            x *= scale
-        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        t = (x - lo[None, :]) * inverse_width[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
+        t, _ = _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
         if not HAS_BASE:
             t = clamped(t, GRID_SIZE)
         gate = tl.full(x.shape, 1.0, tl.float32)
@@ -108,17 +106,15 @@ def _phi_flat_kernel(
     first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
     first_n = tl.program_id(0) % tiles * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)
+    scale = 1.0
     if HAS_NORM:
         scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, BLOCK_N)
     for start in range(first_n, I * C if HAS_NORM else first_n + BLOCK_N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         offs_i = offs_n // C
         inside = (offs_m < M - first_m)[:, None] & (offs_n < I * C)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
-        if HAS_NORM:
-            x *= scale
-        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        t = (x - lo[None, :]) * inverse_width[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
+        t, _ = _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
         if not HAS_BASE:
             t = clamped(t, GRID_SIZE)
         phi = spline(t - (1 - ORDER) / 2 - (offs_n % C)[None, :], ORDER)
@@ -157,6 +153,7 @@ def _fold_kernel(
     words_ptr = dphi_ptr.to(tl.pointer_type(tl.uint64)) + first * WORDS
     dphi_ptr += first * C
     dx_ptr += first
+    scale = 1.0
     if HAS_NORM:
         scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, 4 * BLOCK_I)
         product = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
@@ -164,11 +161,8 @@ def _fold_kernel(
         offs_i = start + tl.arange(0, BLOCK_I)
         offs = offs_m[:, None] * I + offs_i[None, :]
         inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside)
-        if HAS_NORM:
-            x *= scale
-        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        t = (x - lo[None, :]) * inverse_width[None, :]
+        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
+        t, inverse_width = _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
         if HAS_GATE:
             gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
         outside = (t < 0) | (t >= GRID_SIZE)
@@ -193,7 +187,7 @@ def _fold_kernel(
             dgate += dphi * phi
             if MAKE_PHI:
                 functions |= _lane(phi * gate if HAS_GATE else phi, r, dphi_ptr.dtype.element_ty)
-        dx *= inverse_width[None, :]
+        dx *= inverse_width
         if not HAS_BASE:
             dx = tl.where(outside, 0.0, dx)
         if HAS_BASE:
@@ -229,6 +223,13 @@ def _fold_kernel(
 def _load(ptr, first_m, offs_m, offs_i, stride_m, stride_i, mask):
     offs = (first_m + offs_m) * stride_m + offs_i.to(tl.int64) * stride_i
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE: tl.constexpr):
+    """t = (x - lo) / h of a tile, and 1 / h of its inputs."""
+    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    return (x - lo[None, :]) * inverse_width[None, :], inverse_width[None, :]
 
 
 @triton.jit
