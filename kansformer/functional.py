@@ -98,6 +98,10 @@ def kan_linear(
         else:
             y = torch.ops.kansformer.kan_linear(*rows, spline_weight.dequantize().to(dtype), *settings)
     elif x.device.type == "cpu" and _inline(backend, *_needs_grad(rows, spline_weight, base_weight)):
+        if grid.dim() == 2:
+            # Equal values, each end contiguous, by an operator that inductor does not fuse: reading ends with a stride
+            # its loops over the inputs become loops over the rows, with a dozen transposes a tile.
+            settings = grid.mT.cummax(0).values.mT, *settings[1:]
         y = checkpoint(_plain, *rows, spline_weight.to(dtype), *settings, use_reentrant=False, preserve_rng_state=False)
     else:
         weight = spline_weight.to(dtype)
