@@ -1,6 +1,6 @@
 """Parameter efficiency: a sweep of feed-forward blocks, sizes, learning rates and seeds, through train/train.py.
 
-    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # the headline: 81 minutes on 2 shared cores
+    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # the headline: under two hours on 2 cores
 
 One yaml declares the sweep:
 
@@ -9,8 +9,9 @@ One yaml declares the sweep:
     sizes     name: fields of KansformerConfig that make a size; an intermediate_size is the reference's
     models    name: fields of KansformerConfig that make a block, which gets the width of the reference's parameters;
               with `match: weights_read` that at which a decoded token reads as many weights as in the reference; with
-              `match: NAME` that of the parameters of the model NAME, which stands before it; `coarse_grids` as in
-              train.py: its grids are refined on the way, and what it costs is what every part of the run costs
+              `match: NAME` that of the parameters of the model NAME, which stands before it; `widths: [1, 1, 2, 2]`
+              shares that width out over the layers in these parts; `coarse_grids` as in train.py: its grids are
+              refined on the way, and what it costs is what every part of the run costs
     reference, baselines    models that the others are compared with; [A, B] is one baseline of the sizes of both
     learning_rates    each model of each size takes its own best, by the first seed
     note      what must stand beside its figures, if anything
@@ -144,7 +145,7 @@ def read(path: Path) -> dict:
     for key, kind in {"sizes": dict, "models": dict, "train": dict, "learning_rates": list, "seeds": list}.items():
         if not isinstance(sweep[key], kind) or not sweep[key]:
             raise ValueError(f"{path}: {key} must be a {kind.__name__} with something in it, not {sweep[key]!r}")
-    known = {"match", "coarse_grids", *KansformerConfig().to_dict()}
+    known = {"match", "widths", "coarse_grids", *KansformerConfig().to_dict()}
     for name, fields in [*sweep["sizes"].items(), *sweep["models"].items()]:
         if not isinstance(fields, dict) or not known.issuperset(fields):
             wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
@@ -206,7 +207,7 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
         fields["intermediate_size"] = [found[kind].intermediate_size for kind in model["ffn_type"]]
         fields.pop("match", None)
         return KansformerConfig(**fields)
-    matched = fields.pop("match", "params")
+    matched, widths = fields.pop("match", "params"), fields.pop("widths", None)
     before = list(models)[: list(models.values()).index(model)]
     if matched not in (*MATCHED, *before):
         raise ValueError(f"match is {matched!r}; choose {', '.join(MATCHED)} or a model that stands before it")
@@ -222,7 +223,11 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
     config, goal = KansformerConfig(**fields | {"intermediate_size": multiple}), cost(target, target.intermediate_size)
     one, two = cost(config, multiple), cost(config, 2 * multiple)  # the cost is linear in the width
     config.intermediate_size = multiple * max(1, round(1 + (goal - one) / (two - one)))
-    return config
+    if widths is None:
+        return config
+    unit = config.intermediate_size * config.num_hidden_layers / sum(widths)
+    sizes = [multiple * max(1, round(unit * width / multiple)) for width in widths]
+    return KansformerConfig(**fields | {"intermediate_size": sizes})
 
 
 def run_all(
@@ -490,6 +495,8 @@ def page(sweep: dict, result: dict) -> str:
             words += f", `{name}` the width at which a decoded token reads as many weights"
         elif matched != "params":
             words += f", and `{name}` the parameters of `{matched}`"
+        if "widths" in model:
+            words += f"; the layers of `{name}` have widths as {':'.join(map(str, model['widths']))}"
         if coarse := model.get("coarse_grids"):
             words += f"; `{name}` has {', '.join(f'{size} intervals until step {until}' for until, size in coarse)}"
     parts = ["# Blocks at equal parameters, and at equal weights read", f"`{result['command']}`", words + "."]

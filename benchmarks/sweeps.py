@@ -3,9 +3,9 @@
     python benchmarks/sweeps.py
 
 reads benchmarks/results/efficiency_*/table.json and writes sweeps.md and sweeps.png beside them, the least trained
-models first. Nothing is run. A block is compared with SwiGLU at its best, of any width that its sweep has, and only
-where one of them has as many parameters as the block in every size (with more, SwiGLU would rather be wider too); at
-equal weights read, where SwiGLU is there in more than one width.
+models first. Nothing is run. A block is compared with SwiGLU at its best, of any width, and any widths of its layers,
+that its sweep has, and only where one of them has as many parameters as the block in every size (with more, SwiGLU
+would rather be wider too); at equal weights read, where SwiGLU is there with more than one number of parameters.
 """
 
 import json
@@ -80,15 +80,17 @@ def needed(result: dict, model: str, axis: str) -> dict | None:
     sweep = result["sweep"]
     parameters = {(cell["model"], cell["size"]): cell["parameters"] for cell in result["cells"]}
 
+    def level(name: str, other: str, size: str) -> bool:
+        return abs(parameters[name, size] / parameters[other, size] - 1) < 0.02
+
     def fair(baseline: list[str]) -> bool:
-        return (axis == "weights_read" and len(baseline) > 1) or all(
-            any(abs(parameters[name, size] / parameters[model, size] - 1) < 0.02 for name in baseline)
-            for size in sweep["sizes"]
-        )
+        several = any(not level(name, baseline[0], size) for name in baseline for size in sweep["sizes"])
+        found = [any(level(name, model, size) for name in baseline) for size in sweep["sizes"]]
+        return (axis == "weights_read" and several) or all(found)
 
     def plain(name: str) -> bool:
         fields = sweep["models"][name]
-        return fields["ffn_type"] == "swiglu" and fields.keys() <= {"ffn_type", "match"}
+        return fields["ffn_type"] == "swiglu" and fields.keys() <= {"ffn_type", "match", "widths"}
 
     baselines = [names for names in map(members, sweep["baselines"]) if all(map(plain, names)) and fair(names)]
     if not baselines:

@@ -32,7 +32,7 @@ def sweep(**changes) -> dict:
 
 
 def test_cells_cost_what_the_reference_costs():
-    size = SIZE | {"hidden_size": 128, "num_attention_heads": 4}
+    size = SIZE | {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
     models = {
         "swiglu": {"ffn_type": "swiglu"},
         "mlp": {"ffn_type": "mlp"},
@@ -40,17 +40,19 @@ def test_cells_cost_what_the_reference_costs():
         "kan_gated": {"ffn_type": "kan_gated"},
         "read": {"ffn_type": "kan_gated", "grid_size": 7, "match": "weights_read"},
         "wide": {"ffn_type": "swiglu", "match": "read"},
+        "upper": {"ffn_type": "swiglu", "widths": [1, 3]},
     }
     settings = {"steps": 10, "batch_size": 4, "sequence_length": 32}
     costs = {
         name: efficiency.costs([(10, efficiency.configuration(size, model, "swiglu", models))], settings)
         for name, model in models.items()
     }
-    for name in ("mlp", "kan_mix", "kan_gated"):
+    for name in ("mlp", "kan_mix", "kan_gated", "upper"):
         assert costs[name]["feed_forward"] == pytest.approx(costs["swiglu"]["feed_forward"], rel=0.01)
     assert costs["read"]["weights_read"] == pytest.approx(costs["swiglu"]["weights_read"], rel=0.01)
     assert costs["read"]["feed_forward"] == pytest.approx(2.5 * costs["swiglu"]["feed_forward"], rel=0.02)  # 10/4 of it
     assert costs["wide"]["parameters"] == pytest.approx(costs["read"]["parameters"], rel=0.01)
+    assert costs["upper"]["intermediate_size"] == [172, 516]  # 344 each, in one to three
     # k = 1, C = 4: 2 of 4 coefficients and the two projections are read, 4 of 6 weights
     unread = costs["kan_gated"]["parameters"] - costs["kan_gated"]["weights_read"]
     assert unread == pytest.approx(costs["kan_gated"]["feed_forward"] * 2 / 6)

@@ -364,7 +364,7 @@ class _Dense(torch.autograd.Function):
                 t = splines.position(x, layer.linear.grid, layer.linear.grid_size)
                 dx = dx * ((t >= 0) & (t < layer.linear.grid_size))
             else:
-                dx = dx + torch_kan._activation_backward(dact, x, layer.linear.base_activation)
+                dx = dx + torch_kan.activation_backward(dact, x, layer.linear.base_activation)
         return dx, dspline, dbase, None, None, None
 
 

@@ -132,7 +132,7 @@ def backward(
         if need_x:
             d = (live * slopes).sum(1).mul_(splines.inverse_width(grid, grid_size, slopes.dtype))
             if dinput is not None:
-                d += _activation_backward(dinput.to(x.dtype), x_rows, base_activation)
+                d += activation_backward(dinput.to(x.dtype), x_rows, base_activation)
             d = d if gate is None else d.mul_(gate_rows)
             dx[rows] = d if norm_eps is None else normalise_backward(d, x[rows], norm_eps)
     return dx, dgate, None if dspline is None else dspline.to(dtype), None if dbase is None else dbase.to(dtype)
@@ -164,7 +164,8 @@ def activation(x: Tensor, name: str) -> Tensor:
     return x if name == "identity" else getattr(F, name)(x)
 
 
-def _activation_backward(dy: Tensor, x: Tensor, name: str) -> Tensor:
+def activation_backward(dy: Tensor, x: Tensor, name: str) -> Tensor:
+    """dx of `activation(x, name)`."""
     if name == "silu":
         return torch.ops.aten.silu_backward(dy, x)
     if name == "gelu":
