@@ -18,7 +18,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed versions
-	$(BIN)/python benchmarks/bench_ffn.py
+	$(BIN)/python benchmarks/bench_ffn.py --compiled
 
 versions: $(VENV)/.installed
 	@$(BIN)/python -c "import platform, torch, transformers; \

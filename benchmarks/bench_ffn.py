@@ -1,6 +1,6 @@
 """Feed-forward blocks side by side at equal parameters: time, memory and decoding, KAN blocks against MLP blocks.
 
-    python benchmarks/bench_ffn.py                      # CPU: d = 512, 2,048 tokens, float32; decoding at d = 2,048
+    python benchmarks/bench_ffn.py --compiled           # CPU: d = 512, 2,048 tokens, float32; decoding at d = 2,048
     python benchmarks/bench_ffn.py --device cuda        # d = 768 to 4,096, 16,384 tokens, bfloat16; gpu tests first
 
 Every block has the parameters of a GELU MLP of 4d units. Peers take part where they are installed (inkan, pykan,
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="tokens a step (2048; 16384 on cuda)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds, each variant once a round")
     parser.add_argument("--only", nargs="+", help="blocks to run beside the MLP, by the start of their names")
+    parser.add_argument("--compiled", action="store_true", help="on a CPU: compiled blocks too, as on cuda")
     parser.add_argument("--profile", action="store_true", help="on cuda: the kernels of a step, too")
     parser.add_argument("--no_tests", action="store_true", help="on cuda: do not run the gpu tests first")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for ffn_<device>.{json,md,png}")
@@ -85,16 +86,18 @@ def main() -> None:
     if cuda:
         env["matmul_tflops"] = matmul_ceiling(dtype)
     name = args.output / f"ffn_{args.device}"
+    options = args.rounds, args.compiled or cuda, args.profile and cuda
     for d in widths:
-        result["training"] += training(d, tokens, blocks, args.device, dtype, args.rounds, args.profile and cuda)
+        result["training"] += training(d, tokens, blocks, args.device, dtype, *options)
         write_json(name.with_suffix(".json"), result)
     for d in args.decode_size:
         result["decoding"] += decoding(d, blocks, args.device, dtype, args.rounds)
+    flags = " --device cuda" if cuda else " --compiled" * args.compiled
     report = f"{header(env)}\n\n{training_table(result)}\n\n{decoding_table(result)}\n{profiles(result)}"
     print(report)
     write(
         name.with_suffix(".md"),
-        "# Feed-forward blocks at equal parameters\n\n`python benchmarks/bench_ffn.py`\n\n" + report,
+        f"# Feed-forward blocks at equal parameters\n\n`python benchmarks/bench_ffn.py{flags}`\n\n" + report,
     )
     write_json(name.with_suffix(".json"), result)
     draw(result, name.with_suffix(".png"))
@@ -159,7 +162,7 @@ PEERS = {"inkan": _inkan, "kan": _pykan, "efficient_kan": _efficient_kan}
 
 
 def training(
-    d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int, profile: bool = False
+    d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int, compile: bool, profile: bool
 ) -> list[dict]:
     modules = {name: build(name, *block, d, device, dtype) for name, block in blocks.items()}
     modules |= {f"peer {name}": module for name, module in peers(d, device, dtype).items()}
@@ -183,7 +186,7 @@ def training(
         return lambda: torch.autograd.grad(module(x), inputs, dy)
 
     torch.compiler.reset()  # else the limit on compiled forms of one forward makes later widths run eagerly
-    compiled = {f"{n} compiled": torch.compile(m) for n, m in modules.items()} if device == "cuda" else {}
+    compiled = {f"{n} compiled": torch.compile(m) for n, m in modules.items()} if compile else {}
     saved = {name: saved_bytes(module, x) for name, module in modules.items()}
     peaks = {name: peak_memory(step(module)) if device == "cuda" else None for name, module in modules.items()}
     runs = modules | compiled
