@@ -76,6 +76,7 @@ AXES = {
 }
 KEYS = {"name", "train", "sizes", "models", "reference", "baselines", "learning_rates", "seeds"}
 DRAWS = 2000
+ALIKE = 0.02  # two sizes of a model whose log x are closer than this are one
 
 
 def main() -> None:
@@ -150,6 +151,16 @@ def read(path: Path) -> dict:
         if not isinstance(fields, dict) or not known.issuperset(fields):
             wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
             raise ValueError(f"{path}: {name} has {wrong}: no field of KansformerConfig")
+    layers = {size.get("num_hidden_layers", KansformerConfig.num_hidden_layers) for size in sweep["sizes"].values()}
+    for name, model in sweep["models"].items():
+        widths = model.get("widths", [1])
+        fits = isinstance(widths, list) and all(isinstance(width, (int, float)) and width > 0 for width in widths)
+        alone = not isinstance(model["ffn_type"], list) and "intermediate_size" not in model
+        if "widths" in model and not (fits and {len(widths)} == layers and alone and name != sweep["reference"]):
+            raise ValueError(
+                f"{path}: {name} has widths {widths!r}; they are one positive number for each layer of every size, of "
+                "one ffn_type and without an intermediate_size, and not the reference's"
+            )
     sweep["learning_rates"] = [float(rate) for rate in sweep["learning_rates"]]  # yaml reads 1e-3 as a string
     named = {sweep["reference"], *itertools.chain.from_iterable(map(members, sweep["baselines"]))}
     if unknown := named - set(sweep["models"]):
@@ -220,7 +231,8 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
         options = (config.ffn_type, config.hidden_size, width)
         return MATCHED[matched](feed_forward(*options, device="meta", **config.ffn_options(config.ffn_type)))
 
-    config, goal = KansformerConfig(**fields | {"intermediate_size": multiple}), cost(target, target.intermediate_size)
+    config = KansformerConfig(**fields | {"intermediate_size": multiple})
+    goal = statistics.fmean(cost(target, width) for width in target.intermediate_sizes)
     one, two = cost(config, multiple), cost(config, 2 * multiple)  # the cost is linear in the width
     config.intermediate_size = multiple * max(1, round(1 + (goal - one) / (two - one)))
     if widths is None:
@@ -467,9 +479,13 @@ def match(
 
 
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The falling part of the lower convex hull of sorted points."""
+    """The falling part of the lower convex hull of sorted points (log x, y)."""
     hull: list[tuple[float, float]] = []
     for x, y in points:
+        if hull and x - hull[-1][0] < ALIKE:  # the better of the two: a line through both could rise to anywhere
+            if y >= hull[-1][1]:
+                continue
+            hull.pop()
         while len(hull) > 1:
             (x0, y0), (x1, y1) = hull[-2:]
             if (x1 - x0) * (y - y0) > (y1 - y0) * (x - x0):
@@ -562,7 +578,8 @@ def draw(result: dict, path: Path) -> None:
         for panel, axis in zip(panels, axes_of):
             x = [cell[axis] for cell in cells]
             panel.errorbar(x, means, [below, above], color=colour, fmt="o", markersize=3.5, capsize=2, label=model)
-            panel.plot(*zip(*frontier(sorted(zip(x, means)))), color=colour)
+            log_x, y = zip(*frontier(sorted(zip(map(math.log, x), means))))
+            panel.plot([math.exp(value) for value in log_x], y, color=colour)
     for panel, label in zip(panels, axes_of.values()):
         panel.set(xscale="log", xlabel=label)
         panel.xaxis.set_minor_formatter(lambda x, _: f"{x:.0e}".replace("e+0", "e") if f"{x:e}"[0] in "25" else "")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from kansformer import splines
@@ -97,7 +98,11 @@ def kan_linear(
         else:
             y = torch.ops.kansformer.kan_linear(*rows, spline_weight.dequantize().to(dtype), *settings)
     elif x.device.type == "cpu" and _inline(backend, *_needs_grad(rows, spline_weight, base_weight)):
-        y = _Fusible.apply(*rows, spline_weight.to(dtype), *settings)
+        if grid.dim() == 2:
+            # Equal values, each end contiguous, by an operator that inductor does not fuse: reading ends with a stride
+            # its loops over the inputs become loops over the rows, with a dozen transposes a tile.
+            settings = grid.mT.cummax(0).values.mT, *settings[1:]
+        y = checkpoint(_plain, *rows, spline_weight.to(dtype), *settings, use_reentrant=False, preserve_rng_state=False)
     else:
         weight = spline_weight.to(dtype)
         if _observed(*rows, weight, grid, base_weight):
@@ -236,7 +241,8 @@ def _needs_grad(rows: tuple[Tensor, Tensor | None], *weights: Tensor | None) -> 
 def _inline(backend: str, *needs_grad: bool) -> bool:
     """Whether torch.compile traces a training step and may choose: its fused loops beat the operator's forty passes.
 
-    Inference keeps the operator, which reads live rows alone.
+    Under a checkpoint, so that Phi is evaluated again for backward instead of kept. Inference keeps the operator, which
+    reads live rows alone.
     """
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
@@ -363,52 +369,12 @@ def _plain(
     phi = splines.basis(x, grid, grid_size, spline_order, dim=-2, constant_outside=base_weight is None)  # (M, C, I)
     if gate is not None:
         phi = phi * gate.unsqueeze(-2)
-    y = phi.flatten(-2).to(spline_weight.dtype) @ _swapped(spline_weight, grid_size + spline_order)
+    weight = spline_weight.unflatten(0, (-1, grid_size + spline_order)).transpose(0, 1)  # (C, I, O)
+    y = phi.flatten(-2).to(spline_weight.dtype) @ weight.flatten(0, 1)
     if base_weight is None:
         return y
-    return y + F.linear(torch_kan.base_input(x, gate, base_activation, base_weight.dtype), base_weight)
-
-
-def _swapped(matrix: Tensor, inner: int) -> Tensor:
-    """(A * inner, O) to (inner * A, O): row a * inner + b becomes row b * A + a."""
-    return matrix.unflatten(0, (-1, inner)).transpose(0, 1).flatten(0, 1)
-
-
-class _Fusible(torch.autograd.Function):
-    """`_plain` with its gradients written out, for a compiler to fuse: Phi is evaluated again in backward, dPhi read
-    once. Autograd's own, under a checkpoint, took the fused loops of a layer half as long again to twice as long."""
-
-    @staticmethod
-    def forward(ctx, x, gate, spline_weight, grid, base_weight, *settings):
-        if grid.dim() == 2:
-            # Equal values, each end contiguous, by an operator that inductor does not fuse: reading ends with a stride
-            # its loops over the inputs become loops over the rows, with a dozen transposes a tile.
-            grid = grid.mT.cummax(0).values.mT
-        ctx.save_for_backward(x, gate, spline_weight, grid, base_weight)
-        ctx.settings = settings
-        return _plain(x, gate, spline_weight, grid, base_weight, *settings)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, gate, spline_weight, grid, base_weight = ctx.saved_tensors
-        grid_size, spline_order, base_activation, norm_eps, _ = ctx.settings
-        z = x if norm_eps is None else torch_kan.normalise(x, norm_eps)
-        layout = {"dim": -2, "constant_outside": base_weight is None}
-        phi = splines.basis(z, grid, grid_size, spline_order, **layout)
-        slopes = splines.basis(z, grid, grid_size, spline_order, derivative=True, **layout)
-        gated = phi if gate is None else phi * gate.unsqueeze(-2)
-        dspline = _swapped(gated.flatten(-2).to(dy.dtype).mT @ dy, x.shape[-1])
-        dphi = (dy @ _swapped(spline_weight, phi.shape[-2]).mT).view_as(phi)
-        dx, dgate, dbase = (dphi * slopes).sum(-2), (dphi * phi).sum(-2), None
-        if base_weight is not None:
-            dinput = dy @ base_weight
-            dbase = dy.mT @ torch_kan.base_input(z, gate, base_activation, dy.dtype)
-            dx = dx + torch_kan.activation_backward(dinput.to(z.dtype), z, base_activation)
-            dgate = dgate + dinput * torch_kan.activation(z, base_activation)
-        dx = (dx if gate is None else dx * gate).to(x.dtype)
-        dx = dx if norm_eps is None else torch_kan.normalise_backward(dx, x, norm_eps)
-        dgate = None if gate is None else dgate.to(gate.dtype)
-        return dx, dgate, dspline, None, dbase, None, None, None, None, None
+    a = torch_kan.activation(x, base_activation)
+    return y + F.linear((a if gate is None else a * gate).to(base_weight.dtype), base_weight)
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:

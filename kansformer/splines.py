@@ -97,24 +97,22 @@ def basis(
         x: (..., I), any float dtype.
         grid: (2,) or (I, 2), the ends of the grid.
         dim: -1, or -2 for (..., C, I).
-        constant_outside: beyond the grid, take its closest point (orders 1 to 3); derivatives are 0 there.
+        constant_outside: beyond the grid, take its closest point (values only).
     """
-    if constant_outside and spline_order > 3:
-        raise ValueError(f"constant_outside is for spline_order 1, 2 and 3, not {spline_order}")
+    if constant_outside and (derivative or spline_order > 3):
+        raise ValueError("constant_outside is for values, and spline_order 1, 2 and 3")
     if spline_order > 3 and not derivative:
         return cox_de_boor(x, grid, grid_size, spline_order).movedim(-1, dim)
     t = position(x, grid, grid_size)
     # Clamped just past the last knot, where every spline is zero: infinite x must not meet its own square.
     past = spline_order + 1
-    outside = ((t < 0) | (t >= grid_size)).unsqueeze(dim)
     t = closest(t, grid_size) if constant_outside else t.clamp(-past, grid_size + past)
     c = torch.arange(num_basis(grid_size, spline_order), dtype=t.dtype, device=t.device)
     centres = c + (1 - spline_order) / 2
     s = t.unsqueeze(dim) - (centres if dim == -1 else centres.unsqueeze(-1))
     if not derivative:
         return cardinal(s, spline_order)
-    slopes = cardinal_derivative(s, spline_order) * inverse_width(grid, grid_size, t.dtype).unsqueeze(dim)
-    return torch.where(outside, 0, slopes) if constant_outside else slopes
+    return cardinal_derivative(s, spline_order) * inverse_width(grid, grid_size, t.dtype).unsqueeze(dim)
 
 
 def live_basis(

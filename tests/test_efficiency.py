@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import param_efficiency as efficiency  # noqa: E402
 import sweeps  # noqa: E402
 
+MODELS = {"swiglu": {"ffn_type": "swiglu"}, "kan_gated": {"ffn_type": "kan_gated"}}
+UPPER = {"ffn_type": "swiglu", "widths": [1, 2]}
 SIZE = {"vocab_size": 320, "num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": True}
 
 
@@ -25,7 +27,7 @@ def sweep(**changes) -> dict:
         "name": "tiny",
         "train": text | schedule,
         "sizes": {"d16": SIZE | {"hidden_size": 16}, "d32": SIZE | {"hidden_size": 32}},
-        "models": {"swiglu": {"ffn_type": "swiglu"}, "kan_gated": {"ffn_type": "kan_gated"}},
+        "models": MODELS,
         **{"reference": "swiglu", "baselines": ["swiglu"], "learning_rates": ["1e-3"], "seeds": [0]},
     }
     return values | changes
@@ -76,7 +78,7 @@ def test_a_run_whose_grids_are_refined_costs_what_its_parts_cost():
 
 
 def test_layers_of_two_kinds_have_the_parameters_of_the_reference_each():
-    models = {"swiglu": {"ffn_type": "swiglu"}, "kan_gated": {"ffn_type": "kan_gated"}}
+    models = dict(MODELS)
     models["first"] = {"ffn_type": ["kan_gated", "swiglu"], "match": "params"}
     values = sweep(models=models)
     values["sizes"] = {"d16": values["sizes"]["d16"] | {"num_hidden_layers": 2}}
@@ -114,6 +116,8 @@ def test_ratio_is_what_was_put_in():
     spent_badly = [*points([10, 30, 90], 1.0), *points([31, 91], 0.1)]
     assert efficiency.match(points([20, 60], 1.3), spent_badly)[1] == pytest.approx(1.3)
     assert efficiency.match(spent_badly, spent_badly)[1:] == (1, None)
+    alike = [(x * (1 + 1e-3 * i), losses) for i, x in enumerate((1.0, 0.9)) for x, losses in points([10, 30], x)]
+    assert efficiency.match(points([9, 30], 1.0), alike)[1] == pytest.approx(1.0, rel=0.01)  # no line through two alike
     assert efficiency.frontier([(0, 9), (1, 8.9), (2, 5), (2, 6), (3, 4), (4, 4.5)]) == [(0, 9), (2, 5), (3, 4)]
 
 
@@ -194,6 +198,9 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
         ({"reference": "gelu"}, "gelu is none of the models"),
         ({"train": {"steps": 3, "seed": 1}}, "the sweep's own"),
         ({"speed": 1}, "must have the keys"),
+        ({"models": MODELS | {"swiglu": UPPER | {"widths": [1]}}}, r"swiglu has widths \[1\]; .* not the reference's"),
+        ({"models": MODELS | {"upper": UPPER}}, r"upper has widths \[1, 2\]; .* each layer of every size"),
+        ({"models": MODELS | {"upper": UPPER | {"widths": [0]}}}, r"upper has widths \[0\]; .* positive"),
     ],
 )
 def test_bad_sweeps_are_refused(tmp_path, changes, message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from numerics import assert_close, assert_twice
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_fw_bw_and_get_code
@@ -349,9 +349,10 @@ def test_compiled_backward_is_one_operator():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's way")
-@pytest.mark.parametrize("k", [1, 3])
-def test_training_compiled_on_a_cpu_is_plain_operations_that_keep_no_phi(k, monkeypatch):
-    """Equal outputs and gradients; inference, a named backend and the environment variable keep the operator."""
+@pytest.mark.parametrize(("k", "based"), [(1, False), (3, True)])
+def test_training_compiled_on_a_cpu_is_plain_operations_that_keep_no_phi(k, based, monkeypatch):
+    """Equal outputs and gradients, with one grid and one an input, cut as by inductor; inference, a named backend
+    and the environment variable keep the operator."""
     names, kept = [], []
 
     def record(graph, _):
@@ -362,13 +363,15 @@ def test_training_compiled_on_a_cpu_is_plain_operations_that_keep_no_phi(k, monk
         torch._dynamo.reset()
         names.clear()
         call = lambda x: layer(t | {"x": x}, k, **options)  # noqa: E731
-        return torch.compile(call, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+        compilers = {"fw_compiler": record, "bw_compiler": record, "partition_fn": min_cut_rematerialization_partition}
+        return torch.compile(call, backend=aot_autograd(**compilers), fullgraph=True)
 
-    t = tensors(200, k, gated=True)
+    t = tensors(200, k, gated=True, based=based)
+    t["grid"] = t["grid"] if k == 3 else t["grid"][0]
     with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.numel()) or s, lambda s: s):
         y = compiled()(t["x"])
     assert max(kept) < t["x"].numel() * (G + k)
-    leaves = [v for v in t.values() if v.requires_grad]
+    leaves = [v for v in t.values() if v is not None and v.requires_grad]
     cotangent = torch.randn_like(y)
     gradients = torch.autograd.grad(y, leaves, cotangent)
     assert not [name for name in names if "kansformer" in name]
