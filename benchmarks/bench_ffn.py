@@ -86,7 +86,7 @@ def main() -> None:
     if cuda:
         env["matmul_tflops"] = matmul_ceiling(dtype)
     name = args.output / f"ffn_{args.device}"
-    options = args.rounds, args.compiled or cuda, args.profile and cuda
+    options = args.rounds, args.compiled, args.profile and cuda
     for d in widths:
         result["training"] += training(d, tokens, blocks, args.device, dtype, *options)
         write_json(name.with_suffix(".json"), result)
@@ -162,8 +162,16 @@ PEERS = {"inkan": _inkan, "kan": _pykan, "efficient_kan": _efficient_kan}
 
 
 def training(
-    d: int, tokens: int, blocks: dict, device: str, dtype: torch.dtype, rounds: int, compile: bool, profile: bool
+    d: int,
+    tokens: int,
+    blocks: dict,
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    compiled: bool = False,
+    profile: bool = False,
 ) -> list[dict]:
+    """Every block, and compiled too where asked for and on cuda: a row each."""
     modules = {name: build(name, *block, d, device, dtype) for name, block in blocks.items()}
     modules |= {f"peer {name}": module for name, module in peers(d, device, dtype).items()}
     for name in set(TORCH_BACKEND) & set(blocks) if device == "cuda" else ():
@@ -186,14 +194,14 @@ def training(
         return lambda: torch.autograd.grad(module(x), inputs, dy)
 
     torch.compiler.reset()  # else the limit on compiled forms of one forward makes later widths run eagerly
-    compiled = {f"{n} compiled": torch.compile(m) for n, m in modules.items()} if compile else {}
+    fused = {f"{n} compiled": torch.compile(m) for n, m in modules.items()} if compiled or device == "cuda" else {}
     saved = {name: saved_bytes(module, x) for name, module in modules.items()}
     peaks = {name: peak_memory(step(module)) if device == "cuda" else None for name, module in modules.items()}
-    runs = modules | compiled
+    runs = modules | fused
     forwards = side_by_side({name: forward(m) for name, m in runs.items()}, rounds, device, launches=False)
     steps = side_by_side({name: step(m) for name, m in runs.items()}, rounds, device, launches=False)
     # The reference at its best: compiled where that is at hand.
-    best = f"{REFERENCE} compiled" if compiled else REFERENCE
+    best = f"{REFERENCE} compiled" if fused else REFERENCE
     rows = []
     for name, module in runs.items():
         plain = name.removesuffix(" compiled")
