@@ -566,7 +566,7 @@ def tables(sweep: dict, result: dict) -> list[str]:
 def draw(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    colours = ("#6b7280", "#1d4ed8", "#0e7490", "#c2410c", "#7e22ce", "#15803d", "#b45309")
+    colours = ("#6b7280", "#1d4ed8", "#0891b2", "#c2410c", "#7e22ce", "#15803d", "#db2777", "#a16207")
     axes_of = {axis: label for axis, label in AXES.items() if result["cells"][0][axis] is not None}
     figure = Figure(figsize=(4.2 * len(axes_of), 4.2), layout="constrained")
     panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
