@@ -153,10 +153,12 @@ def read(path: Path) -> dict:
             raise ValueError(f"{path}: {name} has {wrong}: no field of KansformerConfig")
     layers = {size.get("num_hidden_layers", KansformerConfig.num_hidden_layers) for size in sweep["sizes"].values()}
     for name, model in sweep["models"].items():
-        widths = model.get("widths", [1])
-        fits = isinstance(widths, list) and all(isinstance(width, (int, float)) and width > 0 for width in widths)
+        if "widths" not in model:
+            continue
+        widths = model["widths"]
+        positive = isinstance(widths, list) and all(isinstance(width, (int, float)) and width > 0 for width in widths)
         alone = not isinstance(model["ffn_type"], list) and "intermediate_size" not in model
-        if "widths" in model and not (fits and {len(widths)} == layers and alone and name != sweep["reference"]):
+        if not (positive and {len(widths)} == layers and alone and name != sweep["reference"]):
             raise ValueError(
                 f"{path}: {name} has widths {widths!r}; they are one positive number for each layer of every size, of "
                 "one ffn_type and without an intermediate_size, and not the reference's"
