@@ -460,5 +460,5 @@ def _check(
         "gate": (gate, (tuple(x.shape),)),
     }
     for name, (tensor, shapes) in expected.items():
-        if tensor is not None and tuple(tensor.shape) not in shapes:
+        if tensor is not None and not any(tuple(tensor.shape) == shape for shape in shapes):
             raise ValueError(f"{name} must be {' or '.join(map(str, shapes))} here, got {tuple(tensor.shape)}")

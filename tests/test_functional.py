@@ -331,6 +331,15 @@ def test_compile_does_not_recompile_for_a_new_length():
     assert counter.frame_count == 1
 
 
+def test_compile_with_every_dimension_symbolic():
+    torch._dynamo.reset()
+    module = KANLinear(I, O, G, 1)
+    compiled = torch.compile(lambda x, gate: module(x, gate), backend="eager", fullgraph=True, dynamic=True)
+    for rows in (3, 11):
+        x, gate = torch.randn(2, rows, I)
+        assert_close(compiled(x, gate), module(x, gate), 1e-6)
+
+
 def test_compiled_backward_is_one_operator():
     """Tracing must not take the differentiable backward, which writes Phi down."""
     graphs = []
