@@ -70,7 +70,7 @@ def kan_blocks(result: dict) -> dict[str, str]:
             fields = KansformerConfig().to_dict() | model
             splines = fields["grid_size"] + fields["spline_order"]
             names[name] = f"{kan[0]} C={splines}" + ", wide" * (model.get("match") == "weights_read")
-            names[name] += ", refined" * ("coarse_grids" in model)
+            names[name] += ", refined" * ("coarse_grids" in model) + ", no norm" * (not fields["ffn_norm"])
             names[name] += f", {len(kan)} of {len(kinds)} layers" * (len(kan) < len(kinds))
     return names
 
