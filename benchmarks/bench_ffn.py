@@ -50,6 +50,7 @@ BLOCKS = {
     "kan k=1 C=8": ("kan", CUBIC | {"grid_size": 7, "spline_order": 1}),
     "kan_mix k=1 C=8": ("kan_mix", {"grid_size": 7}),
     "kan_gated k=1 C=4": ("kan_gated", {}),
+    "kan_gated k=1 C=4 no norm": ("kan_gated", {"ffn_norm": False}),
     "kan_gated k=1 C=8": ("kan_gated", {"grid_size": 7}),
 }
 REFERENCE = "mlp"
