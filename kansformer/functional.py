@@ -322,7 +322,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy):
     x, gate, spline_weight, grid, base_weight = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+    # create_graph=True: the gradient must itself be differentiable. is_grads_batched=True: kernels take no batch of dy.
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
         gradients = _differentiable_backward(dy, x, gate, spline_weight, grid, base_weight, *ctx.settings[:4], wanted)
     else:
         observed = _observed(dy, x, gate, spline_weight, grid, base_weight)
@@ -399,10 +400,12 @@ def _differentiable_backward(
     norm_eps: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """The same gradients through plain torch operations, for derivatives of any order."""
-    y = _plain(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps)
+    """The same gradients through plain torch operations, for derivatives of any order and batches of dy."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = _plain(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps)
     primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
-    return torch.autograd.grad(y, primals, dy, create_graph=True)
+    return torch.autograd.grad(y, primals, dy, create_graph=differentiable)
 
 
 @register_flop_formula(torch.ops.kansformer.kan_linear)

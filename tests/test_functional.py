@@ -276,6 +276,25 @@ def test_eager_training_calls_no_operator_where_nothing_looks_on(monkeypatch):
     assert_close(traced(x), module(x), 1e-6)
 
 
+@pytest.mark.parametrize("operator", [False, True])
+@pytest.mark.parametrize("norm_eps", [None, 0.1])
+def test_batches_of_gradients(operator, norm_eps, monkeypatch):
+    """is_grads_batched, and what is built on it: all rows of a Jacobian or Hessian in one backward pass."""
+    if operator:
+        monkeypatch.setattr("kansformer.functional._observed", lambda *tensors: True)
+    t = tensors(3, 3, gated=True)
+    operands = [v for v in t.values() if v.requires_grad]
+    y = layer(t, 3, norm_eps=norm_eps)
+    directions = torch.randn(2, *y.shape, dtype=y.dtype)
+    batches = torch.autograd.grad(y, operands, directions, retain_graph=True, is_grads_batched=True)
+    for at, direction in enumerate(directions):
+        for batch, alone in zip(batches, torch.autograd.grad(y, operands, direction, retain_graph=True)):
+            assert_close(batch[at], alone, 1e-13)
+    energy = lambda x: layer(t | {"x": x}, 3, norm_eps=norm_eps).square().sum()  # noqa: E731
+    x, hessian = t["x"].detach(), torch.autograd.functional.hessian
+    assert_close(hessian(energy, x, vectorize=True), hessian(energy, x), 1e-13)
+
+
 def test_third_derivative():
     x = torch.linspace(-0.9, 0.95, 50, dtype=torch.float64).unsqueeze(1).requires_grad_()
     grid = torch.tensor([-1.0, 1.0])
