@@ -13,6 +13,7 @@ served; the time is a layer's.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -82,6 +83,7 @@ def main() -> None:
     blocks = {n: b for n, b in BLOCKS.items() if not args.only or n == REFERENCE or n.startswith(tuple(args.only))}
 
     env = environment(args.device, dtype=str(dtype).removeprefix("torch."), backend=backend(args.device, dtype))
+    env |= peer_versions()
     print(header(env))
     result = {"environment": env, "training": [], "decoding": []}
     if cuda:
@@ -93,7 +95,7 @@ def main() -> None:
         write_json(name.with_suffix(".json"), result)
     for d in args.decode_size:
         result["decoding"] += decoding(d, blocks, args.device, dtype, args.rounds)
-    flags = " --device cuda" if cuda else " --compiled" * args.compiled
+    flags = " --device cuda" + " --profile" * args.profile if cuda else " --compiled" * args.compiled
     report = f"{header(env)}\n\n{training_table(result)}\n\n{decoding_table(result)}\n{profiles(result)}"
     print(report)
     write(
@@ -114,6 +116,13 @@ def build(name: str, kind: str, options: dict, d: int, device: str, dtype: torch
     # Rows of a multiple of 16 elements are what both cuBLAS and triton load by vectors
     size = match_intermediate_size(kind, d, reference="mlp", multiple_of=16 if device == "cuda" else 8, **options)
     return feed_forward(kind, d, size, device=device, dtype=dtype, **options)
+
+
+def peer_versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    packages = importlib.metadata.packages_distributions()
+    found = {package for name in PEERS for package in packages.get(name, ())}
+    return {package: importlib.metadata.version(package) for package in sorted(found)}
 
 
 def peers(d: int, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
