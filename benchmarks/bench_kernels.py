@@ -30,8 +30,14 @@ from torch import Tensor
 from kansformer.kernels import torch_kan, triton_decode, triton_kan
 from kansformer.layers import match_intermediate_size
 
-# (block, C, k): its layer h -> d
-LAYERS = (("kan_gated", 4, 1), ("kan_gated", 8, 1), ("kan_mix", 8, 1), ("kan", 8, 3))
+# (block, C, k, norm inside): its layer h -> d
+LAYERS = (
+    ("kan_gated", 4, 1, True),
+    ("kan_gated", 4, 1, False),
+    ("kan_gated", 8, 1, True),
+    ("kan_mix", 8, 1, True),
+    ("kan", 8, 3, False),
+)
 CHUNK_MIB = (triton_kan.CHUNK_BYTES // 2**20, 64, 128, 256, 512)
 DECODE = ({}, {"num_warps": 4}, {"BLOCK_I": 16}, {"BLOCK_I": 16, "num_warps": 4}, {"BLOCK_O": 128})
 WORST = 0.02  # of the norm, in bfloat16
@@ -80,10 +86,10 @@ def main() -> None:
     env["copy_gb_per_s"] = copy_ceiling(dtype) if cuda else None
     print(header(env), flush=True)
     rows: list[dict] = []
-    for d, (block, C, k) in itertools.product(options.width, LAYERS):
+    for d, (block, C, k, norm) in itertools.product(options.width, LAYERS):
         h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
-        layer = make(options.tokens, h, d, C, k, block, options.device, dtype)
-        title = f"{block} {h} -> {d}, C = {C}, k = {k}"
+        layer = make(options.tokens, h, d, C, k, block, norm, options.device, dtype)
+        title = f"{block} {h} -> {d}, C = {C}, k = {k}" + ", norm" * norm
         for group in (training(layer), decoding(layer, cuda)):
             rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
         text = report(rows, env, options)
@@ -240,8 +246,8 @@ def copy_ceiling(dtype: torch.dtype, size: int = 2**30) -> float:
     return 2 * size / summary(side_by_side({"": lambda: b.copy_(a)}, 20, "cuda", launches=False)[""])["median"] / 1e6
 
 
-def make(M: int, I: int, O: int, C: int, k: int, block: str, device: str, dtype: torch.dtype) -> Layer:
-    """A layer of a block as it trains: a gate in `kan_gated`, a base term in `kan`, the norm inside in the others."""
+def make(M: int, I: int, O: int, C: int, k: int, block: str, norm: bool, device: str, dtype: torch.dtype) -> Layer:
+    """A layer of a block as it trains: a gate in `kan_gated`, a base term in `kan`."""
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(dtype)
@@ -250,7 +256,7 @@ def make(M: int, I: int, O: int, C: int, k: int, block: str, device: str, dtype:
     base = draw(O, I, scale=I**-0.5) if block == "kan" else None
     gate = draw(M, I) if block == "kan_gated" else None
     weight, dy = draw(I * C, O, scale=I**-0.5), draw(M, O)
-    return Layer(draw(M, I), gate, weight, grid, base, C - k, k, dy, None if block == "kan" else 1e-6)
+    return Layer(draw(M, I), gate, weight, grid, base, C - k, k, dy, 1e-6 if norm else None)
 
 
 def error(result: Tensor, expected: Tensor) -> float:

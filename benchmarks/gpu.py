@@ -28,7 +28,7 @@ AHEAD = [[*BLOCKS, "--rounds", "1", "--hidden_size", d] for d in ("768", "1024",
 STEPS = {
     "tests": (200, [*GPU_TESTS, "--numprocesses", "8"]),
     "blocks": (200, [*BLOCKS, "--rounds", "9", "--profile"]),
-    "kernels": (100, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
+    "kernels": (125, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
     "decode": (250, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m"]),
     "models": (200, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
 }

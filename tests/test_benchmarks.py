@@ -179,7 +179,7 @@ def test_bench_kernels_in_the_interpreter(tmp_path):
     rows = [row for row in rows if row["piece"] != "decode BLOCK 8"]
     assert {row["piece"] for row in rows} > {"phi", "fold", "product", "forward", "dx", "dW", "dense, one token"}
     assert max(row["error"] for row in rows) < 1e-5
-    assert len({row["layer"] for row in rows}) == 4
+    assert len({row["layer"] for row in rows}) == 5
 
 
 def test_the_steps_of_the_gpu_script_exist(tmp_path):
