@@ -133,7 +133,7 @@ def ratio(line: dict | None) -> str:
 def draw(results: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    colours = {"C=4": "#1d4ed8", "C=8": "#b45309", "C=8, wide": "#15803d"}
+    colours = {"C=4": "#1d4ed8", "C=4, no norm": "#0891b2", "C=8": "#b45309", "C=8, wide": "#15803d"}
     colours |= {"C=8, wide, refined": "#7e22ce", "C=16, wide, refined": "#be185d"}
     rows = [
         (f"{title(result)}: {name.partition(' ')[2]}", lines)
