@@ -15,14 +15,15 @@ One yaml declares the sweep:
     reference, baselines    models that the others are compared with; [A, B] is one baseline of the sizes of both
     learning_rates    each model of each size takes its own best, by the first seed
     note      what must stand beside its figures, if anything
-    seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's order
+    seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's
+              order; a model may have more, `seeds: [0, 1, 2, 3, 4, 5]`, where its comparison needs them
 
 Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
 size by turns in one process: runs that share a machine say nothing about time. The step has the optimizer, precision
 and compilation of `train`, or with `--compiled` compilation in any case. `--rounds 0` times nothing: the times of the
-table in the output folder stay, if there is one. `--keep` trains only what that table lacks: losses of the same runs
-stay. A cell names the commits at which its runs were trained.
+table in the output folder stay, if there is one. `--keep` trains only what that table lacks, models, sizes or seeds:
+losses of the same runs stay. A cell names the commits at which its runs were trained.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
@@ -98,7 +99,7 @@ def main() -> None:
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     ) | {"timed_steps": "compiled" if compiled else "eager"}
-    cells = trained_cells(sweep, table_of(sweep, output, "learning_rates", "seeds")) if options.keep else {}
+    cells = trained_cells(sweep, table_of(sweep, output, "learning_rates")) if options.keep else {}
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -146,13 +147,16 @@ def read(path: Path) -> dict:
     for key, kind in {"sizes": dict, "models": dict, "train": dict, "learning_rates": list, "seeds": list}.items():
         if not isinstance(sweep[key], kind) or not sweep[key]:
             raise ValueError(f"{path}: {key} must be a {kind.__name__} with something in it, not {sweep[key]!r}")
-    known = {"match", "widths", "coarse_grids", *KansformerConfig().to_dict()}
+    known = {"match", "widths", "coarse_grids", "seeds", *KansformerConfig().to_dict()}
     for name, fields in [*sweep["sizes"].items(), *sweep["models"].items()]:
         if not isinstance(fields, dict) or not known.issuperset(fields):
             wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
             raise ValueError(f"{path}: {name} has {wrong}: no field of KansformerConfig")
     layers = {size.get("num_hidden_layers", KansformerConfig.num_hidden_layers) for size in sweep["sizes"].values()}
     for name, model in sweep["models"].items():
+        seeds, least = seeds_of(sweep, name), len(sweep["seeds"])
+        if not isinstance(seeds, list) or seeds[:least] != sweep["seeds"] or len(set(seeds)) < len(seeds):
+            raise ValueError(f"{path}: {name} has seeds {seeds!r}; they are those of all, {sweep['seeds']}, and more")
         if "widths" not in model:
             continue
         widths = model["widths"]
@@ -175,6 +179,11 @@ def read(path: Path) -> dict:
 def members(baseline: str | list[str]) -> list[str]:
     """The models of a baseline."""
     return [baseline] if isinstance(baseline, str) else baseline
+
+
+def seeds_of(sweep: dict, model: str) -> list[int]:
+    """The seeds of a model: its own, or those of all."""
+    return sweep["models"][model].get("seeds", sweep["seeds"])
 
 
 def weights_read(module: nn.Module) -> float:
@@ -212,7 +221,8 @@ def phases(sweep: dict, size: str, model: str) -> list[tuple[int, KansformerConf
 def configuration(size: dict, model: dict, reference: str, models: dict, multiple: int = 4) -> KansformerConfig:
     """A block matched to the reference, or to another model, to the closest multiple of `multiple` units."""
     fields = size | model
-    fields.pop("coarse_grids", None)
+    for key in ("coarse_grids", "seeds"):
+        fields.pop(key, None)
     if isinstance(model["ffn_type"], list):  # every kind for itself
         parts = {kind: model | {"ffn_type": kind} for kind in model["ffn_type"]}
         models = models | dict(enumerate(parts.values()))
@@ -249,12 +259,16 @@ def run_all(
 ) -> dict[tuple[str, str], dict]:
     """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed.
 
-    Cells that are `kept` are not run; runs that are not there yet are `made` at a commit.
+    Of cells that are `kept` only their missing seeds are run; runs that are not there yet are `made` at a commit.
     """
     every = list(itertools.product(sweep["sizes"], sweep["models"]))
-    keys = [key for key in every if key not in (kept or {})]
-    first, *others = sweep["seeds"]
+    kept = kept or {}
+    first = sweep["seeds"][0]
     results: dict[tuple, dict] = {}
+
+    def missing(key: tuple[str, str]) -> list[int]:
+        seeds = seeds_of(sweep, key[1])
+        return seeds[len(kept[key]["losses"]) :] if key in kept else seeds[1:]
 
     def run(job: tuple) -> None:
         results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers), made)
@@ -262,22 +276,26 @@ def run_all(
         print(f"{done}: size {job[0]}, {job[1]}, rate {job[2]:g}, seed {job[3]}: {loss:.4f}", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
-        search = [(*key, rate, first) for key in reversed(keys) for rate in sweep["learning_rates"]]
+        new = [key for key in reversed(every) if key not in kept]
+        search = [(*key, rate, first) for key in new for rate in sweep["learning_rates"]]
         list(pool.map(run, search))  # the largest first: no worker is left alone with a long run at the end
-        best = {key: min(sweep["learning_rates"], key=lambda r: results[(*key, r, first)]["val_loss"]) for key in keys}
-        list(pool.map(run, [(*key, best[key], seed) for key in reversed(keys) for seed in others]))
+        best = {key: cell["learning_rate"] for key, cell in kept.items()}
+        best |= {key: min(sweep["learning_rates"], key=lambda r: results[(*key, r, first)]["val_loss"]) for key in new}
+        jobs = [(*key, best[key], seed) for key in reversed(every) for seed in missing(key)]
+        list(pool.map(run, jobs))
     cells = {}
     for size, model in every:
-        if (size, model) not in best:
-            cells[size, model] = kept[size, model]
-            continue
-        rate = best[size, model]
-        runs = [results[size, model, rate, seed] for seed in sweep["seeds"]]
-        searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
-        trained = "; ".join(sorted({run["trained"] for run in runs}))
-        cells[size, model] = {"size": size, "model": model, "trained": trained, "learning_rate": rate}
-        cells[size, model] |= {"searched": searched, "losses": [r["val_loss"] for r in runs]}
-        cells[size, model] |= {"bits_per_byte": [r["val_bits_per_byte"] for r in runs]}
+        rate, cell = best[size, model], kept.get((size, model))
+        if cell is None:
+            searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
+            cell = {"size": size, "model": model, "trained": "", "learning_rate": rate, "searched": searched}
+            cell |= {"losses": [], "bits_per_byte": []}
+        runs = [results[size, model, rate, seed] for seed in seeds_of(sweep, model)[len(cell["losses"]) :]]
+        made_at = {*filter(None, cell["trained"].split("; ")), *(run["trained"] for run in runs)}
+        cell = cell | {"trained": "; ".join(sorted(made_at))}
+        cell |= {"losses": cell["losses"] + [run["val_loss"] for run in runs]}
+        cell |= {"bits_per_byte": cell["bits_per_byte"] + [run["val_bits_per_byte"] for run in runs]}
+        cells[size, model] = cell
     return cells
 
 
@@ -307,12 +325,15 @@ def made_of(sweep: dict, size: str, model: str) -> list[tuple[int, dict]]:
 
 
 def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
-    """The cells of a table whose configurations are the sweep's."""
+    """The cells of a table whose configurations are the sweep's, and whose seeds the first of the sweep's."""
     old, found = table["sweep"], {}
     for cell in table["cells"]:
         key = cell["size"], cell["model"]
         known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
-        if known and made_of(sweep, *key) == made_of(old, *key):
+        if not known or made_of(sweep, *key) != made_of(old, *key):
+            continue
+        had = seeds_of(old, key[1])
+        if had == seeds_of(sweep, key[1])[: len(had)]:
             found[key] = cell
     return found
 
@@ -468,7 +489,7 @@ def match(
         differences = [loss - interpolate(theirs, x) for x, loss in ours]
         best = frontier(sorted(ours))
         gained = -statistics.fmean(difference for point, difference in zip(ours, differences) if point in best)
-        return differences, math.exp(gained / slope) if slope > 0 else math.nan
+        return differences, math.exp(min(700, gained / slope)) if slope > 0 else math.nan  # a float ends at exp(709)
 
     differences, ratio = once()
     freedom = sum(len(seeds) - 1 for seeds in losses or ())
@@ -546,8 +567,13 @@ def tables(sweep: dict, result: dict) -> list[str]:
         word = "-" if result["bytes_a_word"] is None else f"{2 ** (bits * result['bytes_a_word']):,.0f}"
         time = "-" if milliseconds is None else f"{milliseconds:.0f}"
         rows.append([cell["model"], cell["size"], *counts, *quality, word, time])
-    seeds = len(sweep["seeds"])
-    parts = [f"Mean over {seeds} seeds; spread: largest minus smallest. *: the rate is at an end of what was searched."]
+    numbers: dict[int, list[str]] = {}
+    for model in sweep["models"]:
+        numbers.setdefault(len(seeds_of(sweep, model)), []).append(model)
+    seeds = f"{len(sweep['seeds'])} seeds"
+    more = [f"{count} of {', '.join(names)}" for count, names in numbers.items() if count > len(sweep["seeds"])]
+    seeds += f" ({'; '.join(more)})" if more else ""
+    parts = [f"Mean over {seeds}; spread: largest minus smallest. *: the rate is at an end of what was searched."]
     parts.append(markdown(columns, rows))
     for baseline in (", ".join(members(baseline)) for baseline in sweep["baselines"]):
         lines = [line for line in result["comparisons"] if line["baseline"] == baseline]

@@ -32,7 +32,8 @@ def main() -> None:
     for result in results:
         env, name = result["environment"], result["sweep"]["name"]
         made = sorted({cell["trained"] for cell in result["cells"]})
-        where = f"{env['device']}, torch {env['torch']}, {env['dtype']}, {len(result['sweep']['seeds'])} seeds"
+        seeds = sorted({len(cell["losses"]) for cell in result["cells"]})
+        where = f"{env['device']}, torch {env['torch']}, {env['dtype']}, {' or '.join(map(str, seeds))} seeds"
         parts.append(f"[{title(result)}]({name}/table.md): trained at {'; '.join(made)}, on {where}.")
     write(RESULTS / "sweeps.md", "\n\n".join(parts) + "\n")
     draw(results, RESULTS / "sweeps.png")

@@ -178,9 +178,18 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
     assert {len(cell["losses"]) for cell in extended["cells"]} == {2}
     assert all(cell["seconds"] == 3e-3 * times[cell["size"], cell["model"]] for cell in extended["cells"])
     (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "before" / "tiny")
+    more = text["models"] | {"kan_gated": text["models"]["kan_gated"] | {"seeds": [0, 1, 3]}}
+    path.write_text(yaml.safe_dump(text | {"seeds": [0, 1], "models": more}))
+    main("--rounds", "0", "--keep")
+    assert len(list((tmp_path / "runs" / "tiny").rglob("results.json"))) == 2  # seed 3 of one model, at both sizes
+    grown = json.loads((tmp_path / "out" / "table.json").read_text())
+    for was, cell in zip(extended["cells"], grown["cells"]):
+        assert cell["losses"][:2] == was["losses"]
+        assert len(cell["losses"]) == len(cell["bits_per_byte"]) == 3 if cell["model"] == "kan_gated" else 2
+    assert "2 seeds (3 of kan_gated)" in (tmp_path / "out" / "table.md").read_text()
     path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
-    with pytest.raises(ValueError, match="of another sweep"):
-        efficiency.table_of(efficiency.read(path), tmp_path / "out", "seeds")
+    assert efficiency.trained_cells(efficiency.read(path), grown) == {}
+    (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "one")
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
     with pytest.raises(ValueError, match="other settings: remove it"):
@@ -191,6 +200,7 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"seeds": []}, r"seeds must be a list with something in it, not \[\]"),
+        ({"models": {"swiglu": {"ffn_type": "swiglu", "seeds": [1, 0]}}}, r"swiglu has seeds \[1, 0\]; .* \[0\], and"),
         ({"learning_rates": "1e-3"}, "learning_rates must be a list"),
         ({"train": None}, "train must be a dict"),
         ({"models": {"swiglu": {"ffn_type": "swiglu"}, "kan": {"ffn_typ": "kan"}}}, "kan has ffn_typ: no field"),
