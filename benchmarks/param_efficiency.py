@@ -1,6 +1,8 @@
 """Parameter efficiency: a sweep of feed-forward blocks, sizes, learning rates and seeds, through train/train.py.
 
-    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # the headline: under two hours on 2 cores
+    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # some three hours on 2 cores
+    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml --output runs/headline \
+        --models swiglu swiglu_upper kan_gated_lower    # its headline alone, under two hours
 
 One yaml declares the sweep:
 
@@ -83,6 +85,7 @@ ALIKE = 0.02  # two sizes of a model whose log x are closer than this are one
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="a yaml of configs/sweeps")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="these alone, the reference among them")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, which share the cores")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -92,6 +95,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/NAME")
     options = parser.parse_args()
     sweep = read(options.sweep)
+    if options.models:
+        sweep = restricted(sweep, options.models)
     output = options.output or RESULTS / sweep["name"]
     compiled = options.compiled or sweep["train"].get("compile", False)
     folder = options.runs / sweep["name"]
@@ -125,6 +130,7 @@ def main() -> None:
     result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
     flags = [f"--{name}" for name in ("keep", "compiled") if getattr(options, name)]
     flags += ["--rounds 0"] * (options.rounds == 0)
+    flags += ["--models", *options.models] if options.models else []
     result["command"] = " ".join(["python benchmarks/param_efficiency.py", str(options.sweep), *flags])
     text = page(sweep, result)
     write(output / "table.md", text)
@@ -174,6 +180,21 @@ def read(path: Path) -> dict:
     if "steps" not in sweep["train"] or {"seed", "learning_rate", "model", "output_dir"} & set(sweep["train"]):
         raise ValueError(f"{path}: train needs steps; seed, learning_rate, model and output_dir are the sweep's own")
     return sweep
+
+
+def restricted(sweep: dict, models: list[str]) -> dict:
+    """The sweep of some of its models, against the baselines that are left.
+
+    Raises:
+        ValueError: naming a model that the sweep does not have, or the reference that is missing.
+    """
+    if unknown := set(models) - set(sweep["models"]):
+        raise ValueError(f"{', '.join(sorted(unknown))} is none of the models {', '.join(sweep['models'])}")
+    if sweep["reference"] not in models:
+        raise ValueError(f"every model is matched to {sweep['reference']}: name it too")
+    left = {name: model for name, model in sweep["models"].items() if name in models}
+    baselines = [baseline for baseline in sweep["baselines"] if set(models).issuperset(members(baseline))]
+    return sweep | {"models": left, "baselines": baselines}
 
 
 def members(baseline: str | list[str]) -> list[str]:

@@ -196,6 +196,18 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
         efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu", "another commit")
 
 
+def test_some_models_of_a_sweep():
+    models = MODELS | {"mlp": {"ffn_type": "mlp"}}
+    whole = sweep(models=models, baselines=[["swiglu", "mlp"], "swiglu"])
+    some = efficiency.restricted(whole, ["kan_gated", "swiglu"])
+    assert list(some["models"]) == [name for name in models if name != "mlp"]
+    assert some["baselines"] == ["swiglu"]
+    with pytest.raises(ValueError, match="gelu is none of the models swiglu"):
+        efficiency.restricted(whole, ["swiglu", "gelu"])
+    with pytest.raises(ValueError, match="matched to swiglu: name it too"):
+        efficiency.restricted(whole, ["kan_gated"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
