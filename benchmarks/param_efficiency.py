@@ -16,6 +16,7 @@ One yaml declares the sweep:
               refined on the way, and what it costs is what every part of the run costs
     reference, baselines    models that the others are compared with; [A, B] is one baseline of the sizes of both
     learning_rates    each model of each size takes its own best, by the first seed
+    open_ends    true: where that is the first or the last one, the search goes on beyond it, by the same factor
     note      what must stand beside its figures, if anything
     seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's
               order; a model may have more, `seeds: [0, 1, 2, 3, 4, 5]`, where its comparison needs them
@@ -24,8 +25,8 @@ Finished runs are not repeated and killed ones go on, so the same command extend
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
 size by turns in one process: runs that share a machine say nothing about time. The step has the optimizer, precision
 and compilation of `train`, or with `--compiled` compilation in any case. `--rounds 0` times nothing: the times of the
-table in the output folder stay, if there is one. `--keep` trains only what that table lacks, models, sizes or seeds:
-losses of the same runs stay. A cell names the commits at which its runs were trained.
+table in the output folder stay, if there is one. `--keep` trains only what that table lacks, models, sizes, seeds
+or rates: losses of the same runs stay. A cell names the commits at which its runs were trained.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
@@ -148,7 +149,7 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the sweeps of this repository are in configs/sweeps")
     sweep = yaml.safe_load(path.read_text())
-    if not isinstance(sweep, dict) or set(sweep) - {"note"} != KEYS:
+    if not isinstance(sweep, dict) or set(sweep) - {"note", "open_ends"} != KEYS:
         raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, not {sorted(sweep or ())}")
     for key, kind in {"sizes": dict, "models": dict, "train": dict, "learning_rates": list, "seeds": list}.items():
         if not isinstance(sweep[key], kind) or not sweep[key]:
@@ -200,6 +201,17 @@ def restricted(sweep: dict, models: list[str]) -> dict:
 def members(baseline: str | list[str]) -> list[str]:
     """The models of a baseline."""
     return [baseline] if isinstance(baseline, str) else baseline
+
+
+def unsearched(sweep: dict, losses: dict[float, float]) -> list[float]:
+    """Rates that are still to be tried where these were, by their `losses`."""
+    if not losses:
+        return sweep["learning_rates"]
+    rates, best = sorted(losses), min(losses, key=losses.__getitem__)
+    if not sweep.get("open_ends") or len(rates) == 1 or best not in (rates[0], rates[-1]):
+        return []
+    beside = rates[1] if best == rates[0] else rates[-2]
+    return [float(f"{best * best / beside:.3g}")]
 
 
 def seeds_of(sweep: dict, model: str) -> list[int]:
@@ -280,44 +292,42 @@ def run_all(
 ) -> dict[tuple[str, str], dict]:
     """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed.
 
-    Of cells that are `kept` only their missing seeds are run; runs that are not there yet are `made` at a commit.
+    Of cells that are `kept` only missing rates and seeds are run; runs that are not there yet are `made` at a commit.
     """
     every = list(itertools.product(sweep["sizes"], sweep["models"]))
-    kept = kept or {}
-    first = sweep["seeds"][0]
+    kept, first = kept or {}, sweep["seeds"][0]
+    searched = {
+        key: {float(r): loss for r, loss in kept[key]["searched"].items()} if key in kept else {} for key in every
+    }
     results: dict[tuple, dict] = {}
-
-    def missing(key: tuple[str, str]) -> list[int]:
-        seeds = seeds_of(sweep, key[1])
-        return seeds[len(kept[key]["losses"]) :] if key in kept else seeds[1:]
 
     def run(job: tuple) -> None:
         results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers), made)
         done, loss = len(results), results[job]["val_loss"]
         print(f"{done}: size {job[0]}, {job[1]}, rate {job[2]:g}, seed {job[3]}: {loss:.4f}", flush=True)
 
-    with ThreadPoolExecutor(workers) as pool:
-        new = [key for key in reversed(every) if key not in kept]
-        search = [(*key, rate, first) for key in new for rate in sweep["learning_rates"]]
-        list(pool.map(run, search))  # the largest first: no worker is left alone with a long run at the end
-        best = {key: cell["learning_rate"] for key, cell in kept.items()}
-        best |= {key: min(sweep["learning_rates"], key=lambda r: results[(*key, r, first)]["val_loss"]) for key in new}
-        jobs = [(*key, best[key], seed) for key in reversed(every) for seed in missing(key)]
-        list(pool.map(run, jobs))
     cells = {}
-    for size, model in every:
-        rate, cell = best[size, model], kept.get((size, model))
-        if cell is None:
-            searched = {str(r): results[size, model, r, first]["val_loss"] for r in sweep["learning_rates"]}
-            cell = {"size": size, "model": model, "trained": "", "learning_rate": rate, "searched": searched}
-            cell |= {"losses": [], "bits_per_byte": []}
-        runs = [results[size, model, rate, seed] for seed in seeds_of(sweep, model)[len(cell["losses"]) :]]
-        made_at = {*filter(None, cell["trained"].split("; ")), *(run["trained"] for run in runs)}
-        cell = cell | {"trained": "; ".join(sorted(made_at))}
-        cell |= {"losses": cell["losses"] + [run["val_loss"] for run in runs]}
-        cell |= {"bits_per_byte": cell["bits_per_byte"] + [run["val_bits_per_byte"] for run in runs]}
-        cells[size, model] = cell
-    return cells
+    with ThreadPoolExecutor(workers) as pool:  # the largest first: no worker is left alone with a long run at the end
+        while jobs := [(*key, rate, first) for key in reversed(every) for rate in unsearched(sweep, searched[key])]:
+            list(pool.map(run, jobs))
+            for size, model, rate, seed in jobs:
+                searched[size, model][rate] = results[size, model, rate, seed]["val_loss"]
+        jobs = []
+        for size, model in reversed(every):
+            losses, cell = searched[size, model], kept.get((size, model))
+            rate = min(losses, key=losses.__getitem__)
+            if cell is None or cell["learning_rate"] != rate:
+                cell = {"size": size, "model": model, "trained": "", "learning_rate": rate}
+                cell |= {"losses": [], "bits_per_byte": []}
+            cells[size, model] = cell | {"searched": {str(r): losses[r] for r in sorted(losses)}}
+            jobs += [(size, model, rate, seed) for seed in seeds_of(sweep, model)[len(cell["losses"]) :]]
+        list(pool.map(run, [job for job in jobs if job not in results]))
+    for size, model, rate, seed in jobs:
+        cell, result = cells[size, model], results[size, model, rate, seed]
+        cell["losses"] = [*cell["losses"], result["val_loss"]]
+        cell["bits_per_byte"] = [*cell["bits_per_byte"], result["val_bits_per_byte"]]
+        cell["trained"] = "; ".join(sorted({*filter(None, cell["trained"].split("; ")), result["trained"]}))
+    return {key: cells[key] for key in every}
 
 
 def stamp(env: dict) -> str:
@@ -578,7 +588,7 @@ def tables(sweep: dict, result: dict) -> list[str]:
     times = {(line["size"], line["model"]): line["median"] for line in result["step_ms"]}
     rows = []
     for cell in sorted(result["cells"], key=lambda cell: list(sweep["sizes"]).index(cell["size"])):
-        rates = sweep["learning_rates"]
+        rates = list(map(float, cell["searched"]))
         edge = "*" if len(rates) > 1 and cell["learning_rate"] in (min(rates), max(rates)) else ""
         spread = max(cell["losses"]) - min(cell["losses"])
         milliseconds = times.get((cell["size"], cell["model"]))

@@ -196,6 +196,34 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
         efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu", "another commit")
 
 
+def test_a_search_with_open_ends_goes_on_until_the_best_rate_has_neighbours(monkeypatch, tmp_path):
+    best = {"swiglu": 0.05, "kan_gated": 0.004}
+    tried = []
+
+    def train(sweep, folder, size, model, rate, seed, device, threads, made):
+        tried.append((model, rate, seed))
+        loss = abs(math.log(rate / best[model])) + seed
+        return {"val_loss": loss, "val_bits_per_byte": loss, "trained": made}
+
+    monkeypatch.setattr(efficiency, "train", train)
+    values = sweep(sizes={"d16": SIZE}, learning_rates=[3e-3, 6e-3, 1.2e-2], seeds=[0, 1])
+    closed = efficiency.run_all(values, tmp_path, 1, "cpu", "a")
+    assert {model: cell["learning_rate"] for (_, model), cell in closed.items()} == {
+        "swiglu": 0.012,
+        "kan_gated": 0.003,
+    }
+    tried.clear()
+    cells = efficiency.run_all(values | {"open_ends": True}, tmp_path, 1, "cpu", "b", closed)
+    assert {(rate, seed) for model, rate, seed in tried if model == "swiglu"} == {
+        (0.024, 0), (0.048, 0), (0.096, 0), (0.048, 1)
+    }  # fmt: skip
+    assert [(rate, seed) for model, rate, seed in tried if model == "kan_gated"] == [(0.0015, 0)]
+    swiglu, kan = cells["d16", "swiglu"], cells["d16", "kan_gated"]
+    assert (swiglu["learning_rate"], len(swiglu["losses"]), swiglu["trained"]) == (0.048, 2, "b")
+    assert list(swiglu["searched"]) == ["0.003", "0.006", "0.012", "0.024", "0.048", "0.096"]
+    assert (kan["losses"], kan["trained"]) == (closed["d16", "kan_gated"]["losses"], "a")
+
+
 def test_some_models_of_a_sweep():
     models = MODELS | {"mlp": {"ffn_type": "mlp"}}
     whole = sweep(models=models, baselines=[["swiglu", "mlp"], "swiglu"])
