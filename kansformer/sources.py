@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -199,7 +200,11 @@ def _open_gguf(file: Path) -> Source:
     with file.open("rb") as opened:
         if (magic := opened.read(4)) != b"GGUF":
             raise ValueError(f"{file} is no .gguf file: it begins with {magic!r}, not b'GGUF'")
-    kansformer_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)  # reads where every tensor should be
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"{file} cannot be read ({error}): if it is cut short, download it again") from error
+    kansformer_config(config)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,

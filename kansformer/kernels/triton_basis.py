@@ -11,8 +11,10 @@ with [a] = max(a, 0). Both terms of a difference are at most 8/6, so unlike trun
 cancels. A derivative that jumps (k = 1, at knots) takes its value from the right, as in `kansformer.splines`.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -119,6 +121,11 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def normal_cdf(x):
     return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # 1 / sqrt(2)
+
+
+def ranges(grid: Tensor) -> tuple[Tensor, int]:
+    """The grid (2,) or (I, 2) as `grid_scale` reads it, and its `stride_grid`."""
+    return grid.to(torch.float32).contiguous(), 0 if grid.dim() == 1 else 2
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import activation, ceil_div, clamped, first_live, grid_scale, spline
+from kansformer.kernels.triton_basis import activation, ceil_div, clamped, first_live, grid_scale, ranges, spline
 
 # A share of I per program is at least this long: one partial sum written and read (8 bytes, in L2) per 2 * (k + 1) * 16
 # bytes of 16-bit weights read.
@@ -119,7 +119,7 @@ def decode(
     splits = min(ceil_div(PROGRAMS_PER_SM * sms, blocks * M), ceil_div(I, LEAST_SHARE))
     per_split = ceil_div(ceil_div(I, splits), BLOCK_I) * BLOCK_I
     splits = ceil_div(I, per_split)
-    grid = grid.to(torch.float32).contiguous()
+    grid, stride_grid = ranges(grid)
     partial = y.new_empty(splits, M, O, dtype=torch.float32) if splits > 1 else grid
     weight = spline_weight.contiguous()
     gate_or_x = x if gate is None else gate
@@ -127,7 +127,7 @@ def decode(
         _kan_decode_kernel[blocks, splits, M](
             y, partial, x, gate_or_x, weight, weight if scale is None else scale.contiguous(),
             weight if base_weight is None else base_weight.contiguous(), grid,
-            M, I, O, per_split, *x.stride(), *gate_or_x.stride(), 0 if grid.dim() == 1 else 2,
+            M, I, O, per_split, *x.stride(), *gate_or_x.stride(), stride_grid,
             GRID_SIZE=grid_size, ORDER=spline_order, ACTIVATION=base_activation, HAS_GATE=gate is not None,
             HAS_BASE=base_weight is not None, HAS_SCALE=scale is not None, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O,
             num_warps=num_warps, enable_fp_fusion=True,

@@ -39,6 +39,7 @@ from kansformer.kernels.triton_basis import (
     first_live,
     grid_scale,
     power_of_2,
+    ranges,
     spline,
     spline_derivative,
 )
@@ -456,10 +457,10 @@ def phi(
     base = x.new_empty(M, I, dtype=dtype) if based else None
     if out.numel() == 0:
         return out, base
-    grid, gate_or_x = _ranges(grid), x if gate is None else gate
+    (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
     arguments = (
         out, base if based else out, x, gate_or_x, grid,
-        M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0,
+        M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0,
         grid_size, spline_order, base_activation or "identity", gate is not None, based, norm_eps is not None,
     )  # fmt: skip
     rows, columns, warps = PHI if norm_eps is None else PHI_NORM
@@ -493,12 +494,12 @@ def fold(
     (M, I), C = x.shape, grid_size + spline_order
     if dx.numel() == 0:
         return
-    grid, gate_or_x = _ranges(grid), x if gate is None else gate
+    (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
     sides = _tile(*FOLD, I, power_of_2(C))
     with torch.cuda.device_of(x):
         _fold_kernel[_programs(M, I, *sides, norm_eps)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
-            M, I, *x.stride(), *gate_or_x.stride(), _stride(grid), norm_eps or 0.0, grid_size, spline_order,
+            M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, grid_size, spline_order,
             base_activation, gate is not None, dbase is not None, norm_eps is not None,
             in_words(dphi.dtype, C), make_phi, *sides, num_warps=FOLD[2],
             enable_fp_fusion=False,  # t - live in one rounding would leave the live interval, where slopes jump
@@ -531,11 +532,3 @@ def _chunks(size: int, bytes_each: int) -> list[slice]:
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return tensor if tensor is None or rows.stop - rows.start == tensor.shape[0] else tensor[rows]
-
-
-def _ranges(grid: Tensor) -> Tensor:
-    return grid.to(torch.float32).contiguous()
-
-
-def _stride(grid: Tensor) -> int:
-    return 0 if grid.dim() == 1 else 2
