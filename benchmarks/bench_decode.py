@@ -41,6 +41,7 @@ from kansformer.layers import KANLinear
 
 GROWTH = (8, 16, 32, 64)
 SIZES = ("tiny", "125m", "350m", "1b")
+KINDS = ("swiglu", "kan_gated", "kan_lower")  # of configs/models
 CUBIC_16 = {"kan k=3 C=16": ("kan", {"grid_size": 13, "spline_order": 3, "base_activation": "silu"})}
 
 
@@ -68,9 +69,9 @@ def main() -> None:
         "crossover": crossover(d, dtype, rounds) if device == "cpu" else [],
         "models": [],
     }
-    for pair in args.models:
+    for size in args.models:
         write_json(name.with_suffix(".json"), result)
-        result["models"] += models(pair, device, dtype, max(5, rounds // 3))
+        result["models"] += models(size, device, dtype, max(5, rounds // 3))
     report = f"{header(env)}\n\n" + "\n\n".join(tables(result)) + "\n"
     print(report)
     write(name.with_suffix(".md"), "# Decoding\n\n`python benchmarks/bench_decode.py`\n\n" + report)
@@ -181,11 +182,11 @@ def forced(layer: nn.Module, live: bool) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def models(pair: str, device: str, dtype: torch.dtype, rounds: int, context: int = 128) -> list[dict]:
-    """A KAN and a SwiGLU model of equal parameters: a token behind `context` others, and a prefill of 512."""
+def models(size: str, device: str, dtype: torch.dtype, rounds: int, context: int = 128) -> list[dict]:
+    """Models of equal parameters: a token behind `context` others, and a prefill of 512."""
     built = {}
-    for kind in ("swiglu", "kan_gated"):
-        [path] = ROOT.glob(f"configs/models/*{pair}_{kind}.json")
+    for kind in KINDS:
+        [path] = ROOT.glob(f"configs/models/*{size}_{kind}.json")
         with default_dtype(dtype):
             built[kind] = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(device).eval()
     config = built["swiglu"].config
@@ -214,7 +215,7 @@ def models(pair: str, device: str, dtype: torch.dtype, rounds: int, context: int
         prefills = whole.get(kind)
         rows.append(
             {
-                "model": f"{pair} {kind}",
+                "model": f"{size} {kind}",
                 "parameters": model.num_parameters(),
                 "ms": summary(times),
                 "ratio": ratio(times, decode[best]),

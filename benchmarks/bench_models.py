@@ -4,9 +4,9 @@
     python benchmarks/bench_models.py --device cuda --models small_30m 125m 350m 1b --sequence_length 1024
 
 One training step is forward, backward and AdamW; `--compiled` times it under torch.compile too, against a compiled
-SwiGLU. The models of a pair (configs/models/) take turns, and so do the two
-blocks at every point of the scaling table: there one of width, depth, tokens and G changes and the rest stays at the
-tiny model's, both blocks at equal parameters, the KAN block's time over SwiGLU's beside the time itself.
+SwiGLU. The models of a size (configs/models/: SwiGLU, `kan_gated`, `kan_gated` in the lower half alone) take turns, and
+so do the two blocks at every point of the scaling table: there one of width, depth, tokens and G changes and the rest
+stays at the tiny model's, both blocks at equal parameters, the KAN block's time over SwiGLU's beside the time itself.
 Saved for backward counts each storage once and no parameter. Random weights: speed does not depend on them.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_decode import default_dtype, models
+from bench_decode import KINDS, default_dtype, models
 from harness import RESULTS, ROOT, environment, header, markdown, ratio, side_by_side, summary, write, write_json
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,8 +27,7 @@ sys.path.insert(0, str(ROOT / "train"))
 
 from metrics import saved_bytes
 
-KINDS = ("swiglu", "kan_gated")
-PAIRS = ("tiny", "small_5m", "small_30m", "125m", "350m", "1b")
+SIZES = ("tiny", "small_5m", "small_30m", "125m", "350m", "1b")
 TINY = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 GROWTH = {
     "width": [{"hidden_size": d, "num_attention_heads": d // 32} for d in (64, 128, 256, 512)],
@@ -41,11 +40,11 @@ GROWTH = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--models", nargs="*", choices=PAIRS, default=["tiny", "small_5m"])
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=["tiny", "small_5m"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="compiled steps of the pairs, too")
+    parser.add_argument("--compiled", action="store_true", help="compiled steps of the models, too")
     parser.add_argument("--growth", nargs="*", choices=GROWTH, default=list(GROWTH))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for models_<device>.{json,md}")
     options = parser.parse_args()
@@ -58,7 +57,7 @@ def main() -> None:
     result = {"environment": env, "models": [], "growth": []}
     output = options.output / f"models_{options.device}.json"
     for name in options.models:
-        trained = pair(name, dtype, options)
+        trained = of_size(name, dtype, options)
         rows = models(name, options.device, dtype, 3 * options.rounds)
         served = {row["model"].removeprefix(f"{name} "): row for row in rows}
         for row in trained:
@@ -76,12 +75,12 @@ def main() -> None:
     print("\n" + text)
 
 
-def pair(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
+def of_size(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
     configs = {}
     for kind in KINDS:
         configs[kind] = AutoConfig.from_pretrained(ROOT / "configs" / "models" / f"{name}_{kind}.json")
     shape = options.batch_size, options.sequence_length
-    return compare(configs, *shape, dtype, options, {"pair": name}, options.compiled)
+    return compare(configs, *shape, dtype, options, {"size": name}, options.compiled)
 
 
 def point(axis: str, change: dict, dtype: torch.dtype, options: argparse.Namespace) -> dict:
@@ -89,7 +88,7 @@ def point(axis: str, change: dict, dtype: torch.dtype, options: argparse.Namespa
     fields = TINY | change
     length = fields.pop("sequence_length", 128)
     configs = {}
-    for kind in KINDS:
+    for kind in ("swiglu", "kan_gated"):
         own = fields if kind == "kan_gated" else {key: value for key, value in fields.items() if key != "grid_size"}
         configs[kind] = KansformerConfig(**own, ffn_type=kind, **exact_width(kind, fields))
     key = {"width": "hidden_size", "depth": "num_hidden_layers", "tokens": "sequence_length", "G": "grid_size"}[axis]
@@ -154,7 +153,7 @@ def tables(result: dict) -> list[str]:
             training = [f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}x", compiled]
             training.append(f"{row['saved_bytes'] / 1e6:,.0f}")
             serving = [f"{served['prefill_ratio']:.2f}x", f"{served['ms']['median']:.3g}", f"{served['ratio']:.2f}x"]
-            rows.append([f"{row['pair']} {row['kind']}", f"{row['parameters']:,}", *training, *serving])
+            rows.append([f"{row['size']} {row['kind']}", f"{row['parameters']:,}", *training, *serving])
         columns = ["model", "parameters", "training tokens/s", "step vs SwiGLU", "both compiled"]
         columns += ["saved for backward, MB"]
         columns += ["prefill of 512 vs SwiGLU", "ms a decoded token", "vs SwiGLU"]

@@ -1,4 +1,4 @@
-"""The configurations in the repository: pairs of equal size, runs that parse, topologies that accelerate reads."""
+"""The configurations in the repository: models of equal size, runs that parse, topologies that accelerate reads."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ import settings as settings_module  # noqa: E402
 from settings import Settings  # noqa: E402
 from tokenizer import byte_tokenizer  # noqa: E402
 
-# Pair and the size its name promises, in millions of parameters.
-PAIRS = {"tiny": 0.82, "small_5m": 5, "small_30m": 30, "125m": 125, "350m": 350, "1b": 1000}
+# The size that a name promises, in millions of parameters.
+SIZES = {"tiny": 0.82, "small_5m": 5, "small_30m": 30, "125m": 125, "350m": 350, "1b": 1000}
 
 
 def counts(name: str) -> tuple[dict[str, int], dict]:
@@ -29,24 +29,36 @@ def counts(name: str) -> tuple[dict[str, int], dict]:
     return model.parameter_counts(), fields
 
 
-@pytest.mark.parametrize("size", PAIRS)
-def test_pairs_have_equal_parameters_and_differ_only_in_the_feed_forward(size):
-    (kan, kan_fields), (swiglu, swiglu_fields) = counts(f"{size}_kan_gated"), counts(f"{size}_swiglu")
-    assert kan["total"] == pytest.approx(swiglu["total"], rel=0.01)
-    assert kan["feed_forward"] == pytest.approx(swiglu["feed_forward"], rel=0.02)
-    assert kan["total"] == pytest.approx(PAIRS[size] * 1e6, rel=0.1)
+@pytest.mark.parametrize("size", SIZES)
+def test_models_of_a_size_have_equal_parameters_and_differ_only_in_the_feed_forward(size):
+    swiglu, swiglu_fields = counts(f"{size}_swiglu")
     block = {"ffn_type", "intermediate_size", "gate_norm", "ffn_norm"}
     block |= {"grid_size", "spline_order", "grid_range", "base_activation"}
-    shared = [{k: v for k, v in fields.items() if k not in block} for fields in (kan_fields, swiglu_fields)]
-    assert shared[0] == shared[1]
-    assert kan_fields["intermediate_size"] > 0  # explicit, in both
+    for name in ("kan_gated", "kan_lower"):
+        kan, kan_fields = counts(f"{size}_{name}")
+        assert kan["total"] == pytest.approx(swiglu["total"], rel=0.01)
+        assert kan["feed_forward"] == pytest.approx(swiglu["feed_forward"], rel=0.02)
+        assert kan["total"] == pytest.approx(SIZES[size] * 1e6, rel=0.1)
+        shared = [{k: v for k, v in fields.items() if k not in block} for fields in (kan_fields, swiglu_fields)]
+        assert shared[0] == shared[1]
+        assert kan_fields["intermediate_size"]  # explicit, in all
+        assert kan_fields["vocab_size"] % 64 == 0
     assert swiglu_fields["intermediate_size"] > 0
-    assert kan_fields["vocab_size"] % 64 == 0
 
 
-def test_every_model_file_belongs_to_a_pair():
+@pytest.mark.parametrize("size", SIZES)
+def test_the_lower_half_of_kan_lower_is_that_of_kan_gated_and_the_rest_swiglu(size):
+    (_, kan), (_, lower), (_, swiglu) = (counts(f"{size}_{name}") for name in ("kan_gated", "kan_lower", "swiglu"))
+    layers = lower["num_hidden_layers"]
+    for layer, (kind, width) in enumerate(zip(lower["ffn_type"], lower["intermediate_size"], strict=True)):
+        like = kan if layer < layers // 2 else swiglu
+        assert (kind, width) == (like["ffn_type"], like["intermediate_size"])
+    assert len(lower["ffn_type"]) == layers
+
+
+def test_every_model_file_is_one_of_a_size():
     names = {path.stem for path in (ROOT / "configs/models").glob("*.json")}
-    assert names == {f"{size}_{block}" for size in PAIRS for block in ("kan_gated", "swiglu")}
+    assert names == {f"{size}_{block}" for size in SIZES for block in ("kan_gated", "kan_lower", "swiglu")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda path: path.stem)
