@@ -41,7 +41,6 @@ from kansformer.layers import KANLinear
 
 GROWTH = (8, 16, 32, 64)
 SIZES = ("tiny", "125m", "350m", "1b")
-KINDS = ("swiglu", "kan_gated", "kan_lower")  # of configs/models
 CUBIC_16 = {"kan k=3 C=16": ("kan", {"grid_size": 13, "spline_order": 3, "base_activation": "silu"})}
 
 
@@ -182,10 +181,17 @@ def forced(layer: nn.Module, live: bool) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def models(size: str, device: str, dtype: torch.dtype, rounds: int, context: int = 128) -> list[dict]:
+def models(
+    size: str,
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    kinds: tuple[str, ...] = ("swiglu", "kan_gated"),
+    context: int = 128,
+) -> list[dict]:
     """Models of equal parameters: a token behind `context` others, and a prefill of 512."""
     built = {}
-    for kind in KINDS:
+    for kind in kinds:
         [path] = ROOT.glob(f"configs/models/*{size}_{kind}.json")
         with default_dtype(dtype):
             built[kind] = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).to(device).eval()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_decode import KINDS, default_dtype, models
+from bench_decode import default_dtype, models
 from harness import RESULTS, ROOT, environment, header, markdown, ratio, side_by_side, summary, write, write_json
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "train"))
 
 from metrics import saved_bytes
 
+KINDS = ("swiglu", "kan_gated", "kan_lower")
 SIZES = ("tiny", "small_5m", "small_30m", "125m", "350m", "1b")
 TINY = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 GROWTH = {
@@ -58,7 +59,7 @@ def main() -> None:
     output = options.output / f"models_{options.device}.json"
     for name in options.models:
         trained = of_size(name, dtype, options)
-        rows = models(name, options.device, dtype, 3 * options.rounds)
+        rows = models(name, options.device, dtype, 3 * options.rounds, KINDS)
         served = {row["model"].removeprefix(f"{name} "): row for row in rows}
         for row in trained:
             decoding = served.get(f"{row['kind']} compiled", served[row["kind"]])  # as one would serve it

@@ -16,17 +16,17 @@ One yaml declares the sweep:
               refined on the way, and what it costs is what every part of the run costs
     reference, baselines    models that the others are compared with; [A, B] is one baseline of the sizes of both
     learning_rates    each model of each size takes its own best, by the first seed
-    open_ends    true: where that is the first or the last one, the search goes on beyond it, by the same factor
+    open_ends    true: where that is the lowest or the highest one, the search goes on beyond it, by the same factor
     note      what must stand beside its figures, if anything
-    seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's
-              order; a model may have more, `seeds: [0, 1, 2, 3, 4, 5]`, where its comparison needs them
+    seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's order
+    more_seeds    NAME: [3, 4, 5]: of a model whose comparison needs them
 
 Finished runs are not repeated and killed ones go on, so the same command extends a sweep whose yaml has grown. Runs
 share no state: `--workers` of them go side by side. At the end every model's training step is timed, the models of a
 size by turns in one process: runs that share a machine say nothing about time. The step has the optimizer, precision
 and compilation of `train`, or with `--compiled` compilation in any case. `--rounds 0` times nothing: the times of the
 table in the output folder stay, if there is one. `--keep` trains only what that table lacks, models, sizes, seeds
-or rates: losses of the same runs stay. A cell names the commits at which its runs were trained.
+or rates: losses of the same runs stay. A cell names the commits of its losses.
 
 How many parameters (or FLOPs, seconds, weights read) a baseline needs to match a model, over what the model has: with
 the baseline's loss L(x) interpolated linearly in log x between its sizes, and s the slope of a line through them all,
@@ -79,6 +79,7 @@ AXES = {
     "weights_read": "weights read for a token",
 }
 KEYS = {"name", "train", "sizes", "models", "reference", "baselines", "learning_rates", "seeds"}
+OPTIONAL = {"note", "open_ends", "more_seeds"}
 DRAWS = 2000
 ALIKE = 0.02  # two sizes of a model whose log x are closer than this are one
 
@@ -97,6 +98,8 @@ def main() -> None:
     options = parser.parse_args()
     sweep = read(options.sweep)
     if options.models:
+        if options.output is None:
+            parser.error("--models needs an --output: the sweep's own table would lose its other models")
         sweep = restricted(sweep, options.models)
     output = options.output or RESULTS / sweep["name"]
     compiled = options.compiled or sweep["train"].get("compile", False)
@@ -105,7 +108,7 @@ def main() -> None:
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     ) | {"timed_steps": "compiled" if compiled else "eager"}
-    cells = trained_cells(sweep, table_of(sweep, output, "learning_rates")) if options.keep else {}
+    cells = trained_cells(sweep, table_of(sweep, output)) if options.keep else {}
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -116,9 +119,11 @@ def main() -> None:
     if options.rounds == 0 and (options.keep or (output / "table.json").is_file()):
         table = table_of(sweep, output)
         times = {(line["size"], line["model"]): line for line in table["step_ms"]}
+        times = {key: line for key, line in times.items() if key in models and unchanged(sweep, table["sweep"], *key)}
         if untimed := [f"{model} {size}" for size, model in models if (size, model) not in times]:
             raise ValueError(f"the table has no times of {', '.join(untimed)}: give --rounds")
     cells = run_all(sweep, folder, options.workers, options.device, stamp(env), cells)
+    env["rates"] = sorted({float(rate) for cell in cells.values() for rate in cell["searched"]})
     if times is not None:
         env = table["environment"] | {"seeds": env["seeds"], "rates": env["rates"]}
     else:
@@ -131,7 +136,7 @@ def main() -> None:
     result["bytes_a_word"] = bytes_a_word(Path(sweep["train"]["data"]))
     flags = [f"--{name}" for name in ("keep", "compiled") if getattr(options, name)]
     flags += ["--rounds 0"] * (options.rounds == 0)
-    flags += ["--models", *options.models] if options.models else []
+    flags += ["--models", *options.models, "--output", str(options.output)] if options.models else []
     result["command"] = " ".join(["python benchmarks/param_efficiency.py", str(options.sweep), *flags])
     text = page(sweep, result)
     write(output / "table.md", text)
@@ -149,21 +154,20 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the sweeps of this repository are in configs/sweeps")
     sweep = yaml.safe_load(path.read_text())
-    if not isinstance(sweep, dict) or set(sweep) - {"note", "open_ends"} != KEYS:
+    if not isinstance(sweep, dict) or set(sweep) - OPTIONAL != KEYS:
         raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, not {sorted(sweep or ())}")
     for key, kind in {"sizes": dict, "models": dict, "train": dict, "learning_rates": list, "seeds": list}.items():
         if not isinstance(sweep[key], kind) or not sweep[key]:
             raise ValueError(f"{path}: {key} must be a {kind.__name__} with something in it, not {sweep[key]!r}")
-    known = {"match", "widths", "coarse_grids", "seeds", *KansformerConfig().to_dict()}
+    known = {"match", "widths", "coarse_grids", *KansformerConfig().to_dict()}
     for name, fields in [*sweep["sizes"].items(), *sweep["models"].items()]:
         if not isinstance(fields, dict) or not known.issuperset(fields):
             wrong = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else repr(fields)
             raise ValueError(f"{path}: {name} has {wrong}: no field of KansformerConfig")
     layers = {size.get("num_hidden_layers", KansformerConfig.num_hidden_layers) for size in sweep["sizes"].values()}
     for name, model in sweep["models"].items():
-        seeds, least = seeds_of(sweep, name), len(sweep["seeds"])
-        if not isinstance(seeds, list) or seeds[:least] != sweep["seeds"] or len(set(seeds)) < len(seeds):
-            raise ValueError(f"{path}: {name} has seeds {seeds!r}; they are those of all, {sweep['seeds']}, and more")
+        if len(set(seeds := seeds_of(sweep, name))) < len(seeds):
+            raise ValueError(f"{path}: {name} has the seeds {seeds}, one of them twice")
         if "widths" not in model:
             continue
         widths = model["widths"]
@@ -175,7 +179,15 @@ def read(path: Path) -> dict:
                 "one ffn_type and without an intermediate_size, and not the reference's"
             )
     sweep["learning_rates"] = [float(rate) for rate in sweep["learning_rates"]]  # yaml reads 1e-3 as a string
-    named = {sweep["reference"], *itertools.chain.from_iterable(map(members, sweep["baselines"]))}
+    if not isinstance(open_ends := sweep.get("open_ends", False), bool) or (
+        open_ends and len(sweep["learning_rates"]) < 2
+    ):
+        raise ValueError(f"{path}: open_ends is true or false, not {open_ends!r}, and true needs two learning_rates")
+    named = {
+        sweep["reference"],
+        *sweep.get("more_seeds", {}),
+        *itertools.chain.from_iterable(map(members, sweep["baselines"])),
+    }
     if unknown := named - set(sweep["models"]):
         raise ValueError(f"{path}: {', '.join(sorted(unknown))} is none of the models {', '.join(sweep['models'])}")
     if "steps" not in sweep["train"] or {"seed", "learning_rate", "model", "output_dir"} & set(sweep["train"]):
@@ -184,18 +196,24 @@ def read(path: Path) -> dict:
 
 
 def restricted(sweep: dict, models: list[str]) -> dict:
-    """The sweep of some of its models, against the baselines that are left.
+    """The sweep of some of its models, against the baselines that are left, without its note.
 
     Raises:
-        ValueError: naming a model that the sweep does not have, or the reference that is missing.
+        ValueError: naming a model that the sweep does not have, or one that is missing: the reference, one that another
+            is matched to, or all of every baseline.
     """
     if unknown := set(models) - set(sweep["models"]):
         raise ValueError(f"{', '.join(sorted(unknown))} is none of the models {', '.join(sweep['models'])}")
-    if sweep["reference"] not in models:
-        raise ValueError(f"every model is matched to {sweep['reference']}: name it too")
     left = {name: model for name, model in sweep["models"].items() if name in models}
+    matched = {model["match"] for model in left.values() if "match" in model} & set(sweep["models"])
+    if missing := ({sweep["reference"]} | matched) - set(models):
+        raise ValueError(f"others are matched to {', '.join(sorted(missing))}: name it too")
     baselines = [baseline for baseline in sweep["baselines"] if set(models).issuperset(members(baseline))]
-    return sweep | {"models": left, "baselines": baselines}
+    if not baselines:
+        raise ValueError(f"no baseline is left of {sweep['baselines']}")
+    more = {name: seeds for name, seeds in sweep.get("more_seeds", {}).items() if name in models}
+    kept = {key: value for key, value in sweep.items() if key != "note"}
+    return kept | {"models": left, "baselines": baselines, "more_seeds": more}
 
 
 def members(baseline: str | list[str]) -> list[str]:
@@ -205,18 +223,18 @@ def members(baseline: str | list[str]) -> list[str]:
 
 def unsearched(sweep: dict, losses: dict[float, float]) -> list[float]:
     """Rates that are still to be tried where these were, by their `losses`."""
-    if not losses:
-        return sweep["learning_rates"]
+    if listed := [rate for rate in sweep["learning_rates"] if rate not in losses]:
+        return listed
     rates, best = sorted(losses), min(losses, key=losses.__getitem__)
-    if not sweep.get("open_ends") or len(rates) == 1 or best not in (rates[0], rates[-1]):
+    if not sweep.get("open_ends") or best not in (rates[0], rates[-1]):
         return []
     beside = rates[1] if best == rates[0] else rates[-2]
     return [float(f"{best * best / beside:.3g}")]
 
 
 def seeds_of(sweep: dict, model: str) -> list[int]:
-    """The seeds of a model: its own, or those of all."""
-    return sweep["models"][model].get("seeds", sweep["seeds"])
+    """The seeds of a model: those of all, and its own."""
+    return [*sweep["seeds"], *sweep.get("more_seeds", {}).get(model, [])]
 
 
 def weights_read(module: nn.Module) -> float:
@@ -254,8 +272,7 @@ def phases(sweep: dict, size: str, model: str) -> list[tuple[int, KansformerConf
 def configuration(size: dict, model: dict, reference: str, models: dict, multiple: int = 4) -> KansformerConfig:
     """A block matched to the reference, or to another model, to the closest multiple of `multiple` units."""
     fields = size | model
-    for key in ("coarse_grids", "seeds"):
-        fields.pop(key, None)
+    fields.pop("coarse_grids", None)
     if isinstance(model["ffn_type"], list):  # every kind for itself
         parts = {kind: model | {"ffn_type": kind} for kind in model["ffn_type"]}
         models = models | dict(enumerate(parts.values()))
@@ -301,21 +318,28 @@ def run_all(
     }
     results: dict[tuple, dict] = {}
 
-    def run(job: tuple) -> None:
-        results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers), made)
+    def run(job: tuple, searching: bool = False) -> None:
+        try:
+            results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers), made)
+        except FloatingPointError:  # a rate that is too high is an answer
+            if not searching:
+                raise
+            results[job] = {"val_loss": math.inf}
         done, loss = len(results), results[job]["val_loss"]
         print(f"{done}: size {job[0]}, {job[1]}, rate {job[2]:g}, seed {job[3]}: {loss:.4f}", flush=True)
 
     cells = {}
     with ThreadPoolExecutor(workers) as pool:  # the largest first: no worker is left alone with a long run at the end
         while jobs := [(*key, rate, first) for key in reversed(every) for rate in unsearched(sweep, searched[key])]:
-            list(pool.map(run, jobs))
+            list(pool.map(lambda job: run(job, searching=True), jobs))
             for size, model, rate, seed in jobs:
                 searched[size, model][rate] = results[size, model, rate, seed]["val_loss"]
         jobs = []
         for size, model in reversed(every):
             losses, cell = searched[size, model], kept.get((size, model))
             rate = min(losses, key=losses.__getitem__)
+            if math.isinf(losses[rate]):
+                raise FloatingPointError(f"{model} {size} diverged at every rate of {sorted(losses)}")
             if cell is None or cell["learning_rate"] != rate:
                 cell = {"size": size, "model": model, "trained": "", "learning_rate": rate}
                 cell |= {"losses": [], "bits_per_byte": []}
@@ -326,7 +350,8 @@ def run_all(
         cell, result = cells[size, model], results[size, model, rate, seed]
         cell["losses"] = [*cell["losses"], result["val_loss"]]
         cell["bits_per_byte"] = [*cell["bits_per_byte"], result["val_bits_per_byte"]]
-        cell["trained"] = "; ".join(sorted({*filter(None, cell["trained"].split("; ")), result["trained"]}))
+        stamps = {*filter(None, cell["trained"].split("; ")), result["trained"]}
+        cell["trained"] = "; ".join(sorted(stamps, key=lambda stamp: stamp.split(", ")[::-1]))  # by date
     return {key: cells[key] for key in every}
 
 
@@ -350,22 +375,25 @@ def table_of(sweep: dict, output: Path, *keys: str) -> dict:
     return table
 
 
-def made_of(sweep: dict, size: str, model: str) -> list[tuple[int, dict]]:
-    """`phases`, to be compared."""
-    return [(steps, config.to_dict()) for steps, config in phases(sweep, size, model)]
+def unchanged(sweep: dict, old: dict, size: str, model: str) -> bool:
+    """Whether a model of a size is the same in two sweeps."""
+    if any(size not in s["sizes"] or model not in s["models"] for s in (sweep, old)):
+        return False
+    now, then = ([(n, config.to_dict()) for n, config in phases(s, size, model)] for s in (sweep, old))
+    return now == then
 
 
 def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
-    """The cells of a table whose configurations are the sweep's, and whose seeds the first of the sweep's."""
+    """The cells of a table whose configurations are the sweep's, with the losses of its first seeds."""
     old, found = table["sweep"], {}
     for cell in table["cells"]:
-        key = cell["size"], cell["model"]
-        known = key[0] in sweep["sizes"] and key[1] in sweep["models"]
-        if not known or made_of(sweep, *key) != made_of(old, *key):
+        size, model = cell["size"], cell["model"]
+        if not unchanged(sweep, old, size, model):
             continue
-        had = seeds_of(old, key[1])
-        if had == seeds_of(sweep, key[1])[: len(had)]:
-            found[key] = cell
+        pairs = zip(seeds_of(sweep, model), seeds_of(old, model))
+        same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        if same:
+            found[size, model] = cell | {key: cell[key][:same] for key in ("losses", "bits_per_byte")}
     return found
 
 
@@ -396,6 +424,8 @@ def train(
             env=os.environ | limits,
         )
         if done.returncode != 0:
+            if "FloatingPointError" in (done.stderr.strip().splitlines() or [""])[-1]:
+                raise FloatingPointError(f"the run in {output} diverged:\n{done.stderr[-3000:]}")
             raise RuntimeError(f"the run in {output} failed:\n{done.stderr[-3000:]}")
         write_json(finished, json.loads(finished.read_text()) | {"trained": made})
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -575,8 +605,9 @@ def page(sweep: dict, result: dict) -> str:
     for cell in result["cells"]:
         trained.setdefault(cell["trained"], []).append(f"{cell['model']} {cell['size']}")
     if set(trained) != {stamp(result["environment"])}:
-        made = "; ".join(f"those of {', '.join(names)} at {when}" for when, names in list(trained.items())[1:])
-        parts.append(f"Losses were trained at {next(iter(trained))}{'; ' if made else ''}{made}. Steps are timed at:")
+        first, *others = [f"{', '.join(names)} at {when.replace('; ', ' and ')}" for when, names in trained.items()]
+        made = "; those of ".join(["Losses were trained at " + first.partition(" at ")[2], *others])
+        parts.append(f"{made}. Steps are timed at:")
     parts += [header(result["environment"]), *tables(sweep, result)]
     parts.append("![Loss against parameters, FLOPs, seconds and weights read](efficiency.png)")
     return "\n\n".join(parts) + "\n"

@@ -203,7 +203,7 @@ def _open_gguf(file: Path) -> Source:
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)  # reads where every tensor should be
     except (ValueError, struct.error) as error:
-        raise ValueError(f"{file} cannot be read ({error}): if it is cut short, download it again") from error
+        raise ValueError(f"{file} cannot be read: {error} (one that is cut short must be downloaded again)") from error
     kansformer_config(config)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,

@@ -317,9 +317,6 @@ def test_refusals_of_the_command(tmp_path, capsys):
     assert "does not exist" in failure([tmp_path / "no.gguf", tmp_path / "made"], capsys)
     (tmp_path / "other.gguf").write_bytes(b"<html>")
     assert "begins with b'<htm'" in failure([tmp_path / "other.gguf", tmp_path / "made"], capsys)
-    if importlib.util.find_spec("gguf"):
-        (tmp_path / "short.gguf").write_bytes(b"GGUF\3")
-        assert "short.gguf cannot be read" in failure([tmp_path / "short.gguf", tmp_path / "made"], capsys)
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     assert "LayerNorm" in failure([tmp_path / "gpt2", tmp_path / "made"], capsys)
     assert not (tmp_path / "made").exists()
@@ -402,6 +399,12 @@ def test_lora_on_attention_and_base_weights():
 
 
 # Real weights
+
+
+def test_a_gguf_file_that_is_cut_short_says_so(tmp_path, capsys):
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    (tmp_path / "short.gguf").write_bytes(b"GGUF\3")
+    assert "short.gguf cannot be read" in failure([tmp_path / "short.gguf", tmp_path / "made"], capsys)
 
 
 @pytest.mark.slow

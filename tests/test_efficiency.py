@@ -178,17 +178,17 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
     assert {len(cell["losses"]) for cell in extended["cells"]} == {2}
     assert all(cell["seconds"] == 3e-3 * times[cell["size"], cell["model"]] for cell in extended["cells"])
     (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "before" / "tiny")
-    more = text["models"] | {"kan_gated": text["models"]["kan_gated"] | {"seeds": [0, 1, 3]}}
-    path.write_text(yaml.safe_dump(text | {"seeds": [0, 1], "models": more}))
+    path.write_text(yaml.safe_dump(text | {"seeds": [0, 1], "more_seeds": {"kan_gated": [3]}}))
     main("--rounds", "0", "--keep")
     assert len(list((tmp_path / "runs" / "tiny").rglob("results.json"))) == 2  # seed 3 of one model, at both sizes
     grown = json.loads((tmp_path / "out" / "table.json").read_text())
     for was, cell in zip(extended["cells"], grown["cells"]):
         assert cell["losses"][:2] == was["losses"]
-        assert len(cell["losses"]) == len(cell["bits_per_byte"]) == 3 if cell["model"] == "kan_gated" else 2
+        assert len(cell["losses"]) == len(cell["bits_per_byte"]) == (3 if cell["model"] == "kan_gated" else 2)
     assert "2 seeds (3 of kan_gated)" in (tmp_path / "out" / "table.md").read_text()
-    path.write_text(yaml.safe_dump(text | {"seeds": [1]}))
-    assert efficiency.trained_cells(efficiency.read(path), grown) == {}
+    first = efficiency.trained_cells(efficiency.read(path) | {"seeds": [0]}, grown)
+    assert [cell["losses"] for cell in first.values()] == [cell["losses"][:1] for cell in grown["cells"]]
+    assert efficiency.trained_cells(efficiency.read(path) | {"seeds": [1]}, grown) == {}
     (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "one")
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
@@ -202,6 +202,8 @@ def test_a_search_with_open_ends_goes_on_until_the_best_rate_has_neighbours(monk
 
     def train(sweep, folder, size, model, rate, seed, device, threads, made):
         tried.append((model, rate, seed))
+        if rate > 0.09:
+            raise FloatingPointError("diverged")
         loss = abs(math.log(rate / best[model])) + seed
         return {"val_loss": loss, "val_bits_per_byte": loss, "trained": made}
 
@@ -220,6 +222,7 @@ def test_a_search_with_open_ends_goes_on_until_the_best_rate_has_neighbours(monk
     assert [(rate, seed) for model, rate, seed in tried if model == "kan_gated"] == [(0.0015, 0)]
     swiglu, kan = cells["d16", "swiglu"], cells["d16", "kan_gated"]
     assert (swiglu["learning_rate"], len(swiglu["losses"]), swiglu["trained"]) == (0.048, 2, "b")
+    assert swiglu["searched"]["0.096"] == math.inf
     assert list(swiglu["searched"]) == ["0.003", "0.006", "0.012", "0.024", "0.048", "0.096"]
     assert (kan["losses"], kan["trained"]) == (closed["d16", "kan_gated"]["losses"], "a")
 
@@ -234,13 +237,20 @@ def test_some_models_of_a_sweep():
         efficiency.restricted(whole, ["swiglu", "gelu"])
     with pytest.raises(ValueError, match="matched to swiglu: name it too"):
         efficiency.restricted(whole, ["kan_gated"])
+    with pytest.raises(ValueError, match="no baseline is left"):
+        efficiency.restricted(whole | {"baselines": ["mlp"]}, ["kan_gated", "swiglu"])
+    long = efficiency.read(ROOT / "configs/sweeps/long.yaml")
+    with pytest.raises(ValueError, match="matched to kan_gated_read: name it too"):
+        efficiency.restricted(long, ["swiglu", "swiglu_wide"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seeds": []}, r"seeds must be a list with something in it, not \[\]"),
-        ({"models": {"swiglu": {"ffn_type": "swiglu", "seeds": [1, 0]}}}, r"swiglu has seeds \[1, 0\]; .* \[0\], and"),
+        ({"more_seeds": {"swiglu": [1, 0]}}, r"swiglu has the seeds \[0, 1, 0\], one of them twice"),
+        ({"more_seeds": {"gelu": [1]}}, "gelu is none of the models"),
+        ({"open_ends": True}, "open_ends is true or false, not True, and true needs two"),
         ({"learning_rates": "1e-3"}, "learning_rates must be a list"),
         ({"train": None}, "train must be a dict"),
         ({"models": {"swiglu": {"ffn_type": "swiglu"}, "kan": {"ffn_typ": "kan"}}}, "kan has ffn_typ: no field"),
