@@ -16,7 +16,8 @@ One yaml declares the sweep:
               refined on the way, and what it costs is what every part of the run costs
     reference, baselines    models that the others are compared with; [A, B] is one baseline of the sizes of both
     learning_rates    each model of each size takes its own best, by the first seed
-    open_ends    true: where that is the lowest or the highest one, the search goes on beyond it, by the same factor
+    thorough    true: where that is the lowest or the highest one, the search goes on beyond it, by the same factor; and
+              rates within CLOSE of it run with all seeds, of which the one with the lowest mean is the best
     note      what must stand beside its figures, if anything
     seeds     all of them run at that rate; a seed fixes the initial weights and, for all models alike, the text's order
     more_seeds    NAME: [3, 4, 5]: of a model whose comparison needs them
@@ -79,8 +80,9 @@ AXES = {
     "weights_read": "weights read for a token",
 }
 KEYS = {"name", "train", "sizes", "models", "reference", "baselines", "learning_rates", "seeds"}
-OPTIONAL = {"note", "open_ends", "more_seeds"}
+OPTIONAL = {"note", "thorough", "more_seeds"}
 DRAWS = 2000
+CLOSE = 0.008  # nats between two rates, by one seed, that may be noise
 ALIKE = 0.02  # two sizes of a model whose log x are closer than this are one
 
 
@@ -179,10 +181,8 @@ def read(path: Path) -> dict:
                 "one ffn_type and without an intermediate_size, and not the reference's"
             )
     sweep["learning_rates"] = [float(rate) for rate in sweep["learning_rates"]]  # yaml reads 1e-3 as a string
-    if not isinstance(open_ends := sweep.get("open_ends", False), bool) or (
-        open_ends and len(sweep["learning_rates"]) < 2
-    ):
-        raise ValueError(f"{path}: open_ends is true or false, not {open_ends!r}, and true needs two learning_rates")
+    if not isinstance(thorough := sweep.get("thorough", False), bool) or thorough > (len(sweep["learning_rates"]) > 1):
+        raise ValueError(f"{path}: thorough is true or false, not {thorough!r}, and true needs two learning_rates")
     named = {
         sweep["reference"],
         *sweep.get("more_seeds", {}),
@@ -226,10 +226,17 @@ def unsearched(sweep: dict, losses: dict[float, float]) -> list[float]:
     if listed := [rate for rate in sweep["learning_rates"] if rate not in losses]:
         return listed
     rates, best = sorted(losses), min(losses, key=losses.__getitem__)
-    if not sweep.get("open_ends") or best not in (rates[0], rates[-1]):
+    if not sweep.get("thorough") or best not in (rates[0], rates[-1]):
         return []
     beside = rates[1] if best == rates[0] else rates[-2]
     return [float(f"{best * best / beside:.3g}")]
+
+
+def candidates(sweep: dict, losses: dict[float, float]) -> list[float]:
+    """Rates that may be the best by their `losses` with one seed."""
+    return [
+        rate for rate, loss in losses.items() if loss <= min(losses.values()) + CLOSE * sweep.get("thorough", False)
+    ]
 
 
 def seeds_of(sweep: dict, model: str) -> list[int]:
@@ -307,12 +314,14 @@ def configuration(size: dict, model: dict, reference: str, models: dict, multipl
 def run_all(
     sweep: dict, folder: Path, workers: int, device: str, made: str, kept: dict | None = None
 ) -> dict[tuple[str, str], dict]:
-    """Every rate with the first seed, then every seed at the best rate. A cell: size, model, rate, losses by seed.
+    """Every rate with the first seed, every seed at those that may be the best, the other seeds at the best.
+
+    A cell: size, model, rate, losses by seed; losses of the first seed by rate; of all seeds by rates that are close.
 
     Of cells that are `kept` only missing rates and seeds are run; runs that are not there yet are `made` at a commit.
     """
     every = list(itertools.product(sweep["sizes"], sweep["models"]))
-    kept, first = kept or {}, sweep["seeds"][0]
+    kept, seeds = kept or {}, sweep["seeds"]
     searched = {
         key: {float(r): loss for r, loss in kept[key]["searched"].items()} if key in kept else {} for key in every
     }
@@ -328,22 +337,38 @@ def run_all(
         done, loss = len(results), results[job]["val_loss"]
         print(f"{done}: size {job[0]}, {job[1]}, rate {job[2]:g}, seed {job[3]}: {loss:.4f}", flush=True)
 
+    def at(key: tuple[str, str], rate: float) -> list[float]:
+        """Losses of the seeds of all at a rate; none if one is missing."""
+        cell = kept.get(key, {})
+        if cell.get("learning_rate") == rate and len(cell["losses"]) >= len(seeds):
+            return cell["losses"][: len(seeds)]
+        runs = [results.get((*key, rate, seed)) for seed in seeds]
+        return cell.get("close", {}).get(str(rate)) or ([run["val_loss"] for run in runs] if all(runs) else [])
+
     cells = {}
     with ThreadPoolExecutor(workers) as pool:  # the largest first: no worker is left alone with a long run at the end
-        while jobs := [(*key, rate, first) for key in reversed(every) for rate in unsearched(sweep, searched[key])]:
+        while jobs := [(*key, rate, seeds[0]) for key in reversed(every) for rate in unsearched(sweep, searched[key])]:
             list(pool.map(lambda job: run(job, searching=True), jobs))
             for size, model, rate, seed in jobs:
                 searched[size, model][rate] = results[size, model, rate, seed]["val_loss"]
+        close = {key: rates for key in reversed(every) if len(rates := candidates(sweep, searched[key])) > 1}
+        jobs = [
+            (*key, rate, seed) for key, rates in close.items() for rate in rates for seed in seeds if not at(key, rate)
+        ]
+        list(pool.map(run, [job for job in jobs if job not in results]))
         jobs = []
         for size, model in reversed(every):
             losses, cell = searched[size, model], kept.get((size, model))
-            rate = min(losses, key=losses.__getitem__)
-            if math.isinf(losses[rate]):
+            by_rate = {rate: at((size, model), rate) for rate in close.get((size, model), ())}
+            means = {rate: statistics.fmean(found) for rate, found in by_rate.items()} or losses
+            rate = min(means, key=means.__getitem__)
+            if math.isinf(means[rate]):
                 raise FloatingPointError(f"{model} {size} diverged at every rate of {sorted(losses)}")
             if cell is None or cell["learning_rate"] != rate:
                 cell = {"size": size, "model": model, "trained": "", "learning_rate": rate}
                 cell |= {"losses": [], "bits_per_byte": []}
-            cells[size, model] = cell | {"searched": {str(r): losses[r] for r in sorted(losses)}}
+            cell = cell | {"searched": {str(r): losses[r] for r in sorted(losses)}}
+            cells[size, model] = cell | {"close": {str(r): found for r, found in sorted(by_rate.items())}}
             jobs += [(size, model, rate, seed) for seed in seeds_of(sweep, model)[len(cell["losses"]) :]]
         list(pool.map(run, [job for job in jobs if job not in results]))
     for size, model, rate, seed in jobs:
@@ -394,6 +419,8 @@ def trained_cells(sweep: dict, table: dict) -> dict[tuple[str, str], dict]:
         same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if same:
             found[size, model] = cell | {key: cell[key][:same] for key in ("losses", "bits_per_byte")}
+            if old["seeds"] != sweep["seeds"]:
+                found[size, model]["close"] = {}
     return found
 
 

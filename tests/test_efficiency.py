@@ -196,7 +196,7 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
         efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu", "another commit")
 
 
-def test_a_search_with_open_ends_goes_on_until_the_best_rate_has_neighbours(monkeypatch, tmp_path):
+def test_a_thorough_search_goes_on_until_the_best_rate_has_neighbours(monkeypatch, tmp_path):
     best = {"swiglu": 0.05, "kan_gated": 0.004}
     tried = []
 
@@ -215,7 +215,7 @@ def test_a_search_with_open_ends_goes_on_until_the_best_rate_has_neighbours(monk
         "kan_gated": 0.003,
     }
     tried.clear()
-    cells = efficiency.run_all(values | {"open_ends": True}, tmp_path, 1, "cpu", "b", closed)
+    cells = efficiency.run_all(values | {"thorough": True}, tmp_path, 1, "cpu", "b", closed)
     assert {(rate, seed) for model, rate, seed in tried if model == "swiglu"} == {
         (0.024, 0), (0.048, 0), (0.096, 0), (0.048, 1)
     }  # fmt: skip
@@ -225,6 +225,31 @@ def test_a_search_with_open_ends_goes_on_until_the_best_rate_has_neighbours(monk
     assert swiglu["searched"]["0.096"] == math.inf
     assert list(swiglu["searched"]) == ["0.003", "0.006", "0.012", "0.024", "0.048", "0.096"]
     assert (kan["losses"], kan["trained"]) == (closed["d16", "kan_gated"]["losses"], "a")
+
+
+def test_rates_that_are_close_are_told_apart_by_all_seeds(monkeypatch, tmp_path):
+    losses = {1e-3: [1.1, 1.1, 1.1], 2e-3: [1.0, 1.2, 1.3], 4e-3: [1.007, 1.1, 1.1], 8e-3: [1.009, 1, 1]}
+    tried = []
+
+    def train(sweep, folder, size, model, rate, seed, device, threads, made):
+        tried.append((rate, seed))
+        return {"val_loss": losses[rate][seed], "val_bits_per_byte": losses[rate][seed], "trained": made}
+
+    monkeypatch.setattr(efficiency, "train", train)
+    models = {"swiglu": {"ffn_type": "swiglu"}}
+    values = sweep(sizes={"d16": SIZE}, models=models, learning_rates=list(losses), seeds=[0, 1, 2])
+    [plain] = efficiency.run_all(values, tmp_path, 1, "cpu", "a").values()
+    assert (plain["learning_rate"], plain["close"]) == (2e-3, {})
+    tried.clear()
+    cells = efficiency.run_all(values | {"thorough": True}, tmp_path, 1, "cpu", "b", {("d16", "swiglu"): plain})
+    cell = cells["d16", "swiglu"]
+    assert (cell["learning_rate"], cell["losses"], cell["trained"]) == (4e-3, losses[4e-3], "b")
+    assert cell["close"] == {"0.002": losses[2e-3], "0.004": losses[4e-3]}
+    assert tried == [(4e-3, seed) for seed in range(3)]
+    tried.clear()
+    more = values | {"thorough": True, "more_seeds": {"swiglu": []}}
+    assert efficiency.run_all(more, tmp_path, 1, "cpu", "c", cells) == cells
+    assert tried == []
 
 
 def test_some_models_of_a_sweep():
@@ -250,7 +275,8 @@ def test_some_models_of_a_sweep():
         ({"seeds": []}, r"seeds must be a list with something in it, not \[\]"),
         ({"more_seeds": {"swiglu": [1, 0]}}, r"swiglu has the seeds \[0, 1, 0\], one of them twice"),
         ({"more_seeds": {"gelu": [1]}}, "gelu is none of the models"),
-        ({"open_ends": True}, "open_ends is true or false, not True, and true needs two"),
+        ({"thorough": True}, "thorough is true or false, not True, and true needs two"),
+        ({"thorough": "yes"}, "thorough is true or false, not 'yes'"),
         ({"learning_rates": "1e-3"}, "learning_rates must be a list"),
         ({"train": None}, "train must be a dict"),
         ({"models": {"swiglu": {"ffn_type": "swiglu"}, "kan": {"ffn_typ": "kan"}}}, "kan has ffn_typ: no field"),
