@@ -31,13 +31,13 @@ def main() -> None:
     parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
     for result in results:
         env, name = result["environment"], result["sweep"]["name"]
-        made = sorted({cell["trained"] for cell in result["cells"]})
+        made = sorted({run for cell in result["cells"] for run in cell["trained"].split("; ")})
         seeds = sorted({len(cell["losses"]) for cell in result["cells"]})
         where = f"{env['device']}, torch {env['torch']}, {env['dtype']}, {' or '.join(map(str, seeds))} seeds"
         parts.append(f"[{title(result)}]({name}/table.md): trained at {'; '.join(made)}, on {where}.")
     write(RESULTS / "sweeps.md", "\n\n".join(parts) + "\n")
     draw(results, RESULTS / "sweeps.png")
-    print(table(results))
+    print(table(results), headline(results), sep="\n\n")
 
 
 def load(folder: Path) -> list[dict]:
@@ -106,19 +106,29 @@ def compared(result: dict) -> dict[str, list[dict | None]]:
     return {name: found for name, found in lines.items() if any(found)}
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[dict], blocks: tuple[str, ...] | None = None) -> str:
+    """What SwiGLU needs to match each block, or those of these names."""
     rows = []
     for result in results:
         tokens = tokens_a_parameter(result)
         for name, lines in compared(result).items():
+            if blocks and name not in blocks:
+                continue
             rows.append([title(result), f"{min(tokens):.1f} to {max(tokens):.0f}", name, *map(ratio, lines)])
     return markdown(["sweep", "tokens a parameter", "block", *AXES.values()], rows)
+
+
+def headline(results: list[dict]) -> str:
+    """The rows of `table` that README shows: every text at its usual widths, and the longest training."""
+    names = [f"efficiency_{name}" for name in ("classics", "wikitext2", "tinyshakespeare", "long")]
+    blocks = ("kan_gated C=4, 2 of 4 layers", "kan_gated C=4", "kan_gated C=8, wide, refined")
+    return table([result for result in results if result["sweep"]["name"] in names], blocks)
 
 
 def edges(results: list[dict]) -> str:
     """How often the best rate was one that had none on its other side."""
     best = [
-        (cell["learning_rate"], result["sweep"]["learning_rates"]) for result in results for cell in result["cells"]
+        (cell["learning_rate"], list(map(float, cell["searched"]))) for result in results for cell in result["cells"]
     ]
     largest, smallest = (sum(rate == end(rates) for rate, rates in best) for end in (max, min))
     return f"The best rate is the largest that was tried in {largest} of {len(best)} cells, the smallest in {smallest}."

@@ -55,14 +55,19 @@ def run(arguments: list[str], folder: Path) -> str:
 
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        assert (ROOT / name).exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", (ROOT / name).read_text(), flags=re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], target
 
 
 def test_the_sweeps_are_those_on_their_page():
-    made = sweeps.table(sweeps.load(ROOT / "benchmarks/results"))
-    assert made in README
-    assert made in (ROOT / "benchmarks/results/sweeps.md").read_text()
+    results = sweeps.load(ROOT / "benchmarks/results")
+    assert sweeps.headline(results) in README
+    assert sweeps.table(results) in (ROOT / "benchmarks/results/sweeps.md").read_text()
 
 
 def test_no_number_is_left_open():
