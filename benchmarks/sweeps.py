@@ -111,10 +111,11 @@ def table(results: list[dict], blocks: tuple[str, ...] | None = None) -> str:
     rows = []
     for result in results:
         tokens = tokens_a_parameter(result)
+        span = " to ".join(f"{count:.{int(count < 10)}f}" for count in (min(tokens), max(tokens)))
         for name, lines in compared(result).items():
             if blocks and name not in blocks:
                 continue
-            rows.append([title(result), f"{min(tokens):.1f} to {max(tokens):.0f}", name, *map(ratio, lines)])
+            rows.append([title(result), span, name, *map(ratio, lines)])
     return markdown(["sweep", "tokens a parameter", "block", *AXES.values()], rows)
 
 
