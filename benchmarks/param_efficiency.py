@@ -110,7 +110,9 @@ def main() -> None:
     env = environment(
         options.device, dtype=dtype, sweep=options.sweep.name, seeds=sweep["seeds"], rates=sweep["learning_rates"]
     ) | {"timed_steps": "compiled" if compiled else "eager"}
-    cells = trained_cells(sweep, table_of(sweep, output)) if options.keep else {}
+    timed_before = options.rounds == 0 and (options.keep or (output / "table.json").is_file())
+    table = table_of(sweep, output) if options.keep or timed_before else None
+    cells = trained_cells(sweep, table) if options.keep else {}
     print(header(env | sweep["train"]), flush=True)
 
     models = {}
@@ -118,14 +120,13 @@ def main() -> None:
         models[size, model] = phases(sweep, size, model)
         write(folder / "configs" / f"{size}_{model}.json", models[size, model][-1][1].to_json_string())
     times = None
-    if options.rounds == 0 and (options.keep or (output / "table.json").is_file()):
-        table = table_of(sweep, output)
+    if timed_before:
         times = {(line["size"], line["model"]): line for line in table["step_ms"]}
-        times = {key: line for key, line in times.items() if key in models and unchanged(sweep, table["sweep"], *key)}
+        times = {key: line for key, line in times.items() if unchanged(sweep, table["sweep"], *key)}
         if untimed := [f"{model} {size}" for size, model in models if (size, model) not in times]:
             raise ValueError(f"the table has no times of {', '.join(untimed)}: give --rounds")
     cells = run_all(sweep, folder, options.workers, options.device, stamp(env), cells)
-    env["rates"] = sorted({float(rate) for cell in cells.values() for rate in cell["searched"]})
+    env["rates"] = sorted({rate for cell in cells.values() for rate in searched(cell)})
     if times is not None:
         env = table["environment"] | {"seeds": env["seeds"], "rates": env["rates"]}
     else:
@@ -232,11 +233,15 @@ def unsearched(sweep: dict, losses: dict[float, float]) -> list[float]:
     return [float(f"{best * best / beside:.3g}")]
 
 
+def searched(cell: dict) -> dict[float, float]:
+    """Losses of the first seed by rate."""
+    return {float(rate): loss for rate, loss in cell["searched"].items()}
+
+
 def candidates(sweep: dict, losses: dict[float, float]) -> list[float]:
     """Rates that may be the best by their `losses` with one seed."""
-    return [
-        rate for rate, loss in losses.items() if loss <= min(losses.values()) + CLOSE * sweep.get("thorough", False)
-    ]
+    bound = min(losses.values()) + CLOSE * sweep.get("thorough", False)
+    return [rate for rate, loss in losses.items() if loss <= bound]
 
 
 def seeds_of(sweep: dict, model: str) -> list[int]:
@@ -322,12 +327,12 @@ def run_all(
     """
     every = list(itertools.product(sweep["sizes"], sweep["models"]))
     kept, seeds = kept or {}, sweep["seeds"]
-    searched = {
-        key: {float(r): loss for r, loss in kept[key]["searched"].items()} if key in kept else {} for key in every
-    }
+    by_rate = {key: searched(kept[key]) if key in kept else {} for key in every}
     results: dict[tuple, dict] = {}
 
     def run(job: tuple, searching: bool = False) -> None:
+        if job in results:
+            return
         try:
             results[job] = train(sweep, folder, *job, device, max(1, (os.cpu_count() or 1) // workers), made)
         except FloatingPointError:  # a rate that is too high is an answer
@@ -347,20 +352,20 @@ def run_all(
 
     cells = {}
     with ThreadPoolExecutor(workers) as pool:  # the largest first: no worker is left alone with a long run at the end
-        while jobs := [(*key, rate, seeds[0]) for key in reversed(every) for rate in unsearched(sweep, searched[key])]:
+        while jobs := [(*key, rate, seeds[0]) for key in reversed(every) for rate in unsearched(sweep, by_rate[key])]:
             list(pool.map(lambda job: run(job, searching=True), jobs))
             for size, model, rate, seed in jobs:
-                searched[size, model][rate] = results[size, model, rate, seed]["val_loss"]
-        close = {key: rates for key in reversed(every) if len(rates := candidates(sweep, searched[key])) > 1}
+                by_rate[size, model][rate] = results[size, model, rate, seed]["val_loss"]
+        close = {key: rates for key in reversed(every) if len(rates := candidates(sweep, by_rate[key])) > 1}
         jobs = [
             (*key, rate, seed) for key, rates in close.items() for rate in rates for seed in seeds if not at(key, rate)
         ]
-        list(pool.map(run, [job for job in jobs if job not in results]))
+        list(pool.map(run, jobs))
         jobs = []
         for size, model in reversed(every):
-            losses, cell = searched[size, model], kept.get((size, model))
-            by_rate = {rate: at((size, model), rate) for rate in close.get((size, model), ())}
-            means = {rate: statistics.fmean(found) for rate, found in by_rate.items()} or losses
+            losses, cell = by_rate[size, model], kept.get((size, model))
+            of_close = {rate: at((size, model), rate) for rate in close.get((size, model), ())}
+            means = {rate: statistics.fmean(found) for rate, found in of_close.items()} or losses
             rate = min(means, key=means.__getitem__)
             if math.isinf(means[rate]):
                 raise FloatingPointError(f"{model} {size} diverged at every rate of {sorted(losses)}")
@@ -368,9 +373,9 @@ def run_all(
                 cell = {"size": size, "model": model, "trained": "", "learning_rate": rate}
                 cell |= {"losses": [], "bits_per_byte": []}
             cell = cell | {"searched": {str(r): losses[r] for r in sorted(losses)}}
-            cells[size, model] = cell | {"close": {str(r): found for r, found in sorted(by_rate.items())}}
+            cells[size, model] = cell | {"close": {str(r): found for r, found in sorted(of_close.items())}}
             jobs += [(size, model, rate, seed) for seed in seeds_of(sweep, model)[len(cell["losses"]) :]]
-        list(pool.map(run, [job for job in jobs if job not in results]))
+        list(pool.map(run, jobs))
     for size, model, rate, seed in jobs:
         cell, result = cells[size, model], results[size, model, rate, seed]
         cell["losses"] = [*cell["losses"], result["val_loss"]]
@@ -385,17 +390,17 @@ def stamp(env: dict) -> str:
     return f"commit {env['commit']}, dirty {env['dirty']}, {env['date']}"
 
 
-def table_of(sweep: dict, output: Path, *keys: str) -> dict:
+def table_of(sweep: dict, output: Path) -> dict:
     """table.json in `output`.
 
     Raises:
-        FileNotFoundError, ValueError: if there is none, or it is of other runs: other settings, or other `keys`.
+        FileNotFoundError, ValueError: if there is none, or it is of other runs: other settings, or another reference.
     """
     path = output / "table.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: without --keep the sweep is run")
     table = json.loads(path.read_text())
-    if any(table["sweep"][key] != sweep[key] for key in ("train", "reference", *keys)):
+    if any(table["sweep"][key] != sweep[key] for key in ("train", "reference")):
         raise ValueError(f"{path} is of another sweep than the yaml now is: without --keep and --rounds 0 it is run")
     return table
 
@@ -632,9 +637,9 @@ def page(sweep: dict, result: dict) -> str:
     for cell in result["cells"]:
         trained.setdefault(cell["trained"], []).append(f"{cell['model']} {cell['size']}")
     if set(trained) != {stamp(result["environment"])}:
-        first, *others = [f"{', '.join(names)} at {when.replace('; ', ' and ')}" for when, names in trained.items()]
-        made = "; those of ".join(["Losses were trained at " + first.partition(" at ")[2], *others])
-        parts.append(f"{made}. Steps are timed at:")
+        (first, _), *others = [(when.replace("; ", " and "), ", ".join(names)) for when, names in trained.items()]
+        made = "".join(f"; those of {names} at {when}" for when, names in others)
+        parts.append(f"Losses were trained at {first}{made}. Steps are timed at:")
     parts += [header(result["environment"]), *tables(sweep, result)]
     parts.append("![Loss against parameters, FLOPs, seconds and weights read](efficiency.png)")
     return "\n\n".join(parts) + "\n"
@@ -646,7 +651,7 @@ def tables(sweep: dict, result: dict) -> list[str]:
     times = {(line["size"], line["model"]): line["median"] for line in result["step_ms"]}
     rows = []
     for cell in sorted(result["cells"], key=lambda cell: list(sweep["sizes"]).index(cell["size"])):
-        rates = list(map(float, cell["searched"]))
+        rates = searched(cell)
         edge = "*" if len(rates) > 1 and cell["learning_rate"] in (min(rates), max(rates)) else ""
         spread = max(cell["losses"]) - min(cell["losses"])
         milliseconds = times.get((cell["size"], cell["model"]))

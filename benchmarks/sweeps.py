@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from harness import RESULTS, markdown, write, write_figure
-from param_efficiency import members
+from param_efficiency import members, searched
 
 from kansformer import KansformerConfig
 
@@ -128,9 +128,7 @@ def headline(results: list[dict]) -> str:
 
 def edges(results: list[dict]) -> str:
     """How often the best rate was one that had none on its other side."""
-    best = [
-        (cell["learning_rate"], list(map(float, cell["searched"]))) for result in results for cell in result["cells"]
-    ]
+    best = [(cell["learning_rate"], searched(cell)) for result in results for cell in result["cells"]]
     largest, smallest = (sum(rate == end(rates) for rate, rates in best) for end in (max, min))
     return f"The best rate is the largest that was tried in {largest} of {len(best)} cells, the smallest in {smallest}."
 

@@ -192,6 +192,8 @@ def test_a_sweep_runs_once(tmp_path, monkeypatch):
     (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "one")
     path.write_text(yaml.safe_dump(text))
     other = efficiency.read(path) | {"train": text["train"] | {"steps": 4}}
+    with pytest.raises(ValueError, match="of another sweep"):
+        efficiency.table_of(other, tmp_path / "out")
     with pytest.raises(ValueError, match="other settings: remove it"):
         efficiency.run_all(other, tmp_path / "runs" / "before" / "tiny", 1, "cpu", "another commit")
 
