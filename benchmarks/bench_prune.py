@@ -1,5 +1,6 @@
 """What a trained model loses with its hidden units, and what it gains with a finer grid: KAN beside SwiGLU.
 
+    python train/demo.py --models kan_gated swiglu  # trains the two that are compared where none are given
     python benchmarks/bench_prune.py [--models runs/demo/kan_gated/model runs/demo/swiglu/model] [--finetune_steps 200]
 
 1. Criteria: how well each one ranks units by the loss that the model suffers without them (Spearman correlation over
@@ -37,10 +38,8 @@ COLOURS = {"kan": "#c2410c", "kan_mix": "#a16207", "kan_gated": "#c2410c", "swig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo = [ROOT / f"runs/demo/{name}/model" for name in ("kan_gated", "swiglu")]
-    parser.add_argument(
-        "--models", type=Path, nargs="+", default=demo, help="folders; make demo trains the default ones"
-    )
+    trained = [ROOT / f"runs/demo/{name}/model" for name in ("kan_gated", "swiglu")]
+    parser.add_argument("--models", type=Path, nargs="+", default=trained, help="folders of saved models")
     parser.add_argument("--text", type=Path, default=ROOT / "train/tinyshakespeare.txt")
     parser.add_argument("--held_out", type=Path, help="a text of its own in place of the last tenth of --text")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
@@ -84,7 +83,7 @@ def study(folder: Path, options: argparse.Namespace, device: str) -> dict:
     train, test = windows(text[:cut], None), list(windows(held_out, options.held_out_tokens).split(options.batch_size))
     measured = list(train[-(options.measure_tokens // options.sequence_length) :].split(options.batch_size))
     units = measure_units(model, measured)
-    name, loss = model.config.ffn_type, mean_loss(model, test)
+    name, loss = model.config.ffn_summary, mean_loss(model, test)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{name}: {parameters:,} parameters, held-out loss {loss:.4f}", flush=True)
 

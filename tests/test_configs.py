@@ -217,7 +217,7 @@ def test_models_of_others_and_of_saved_folders(monkeypatch, tmp_path):
     for broken in ("{", "[]", "{}"):
         with pytest.raises(ValueError, match=r"config.json' is not the config.json of a model"):
             config(broken)
-    saved = KansformerConfig(**sizes, vocab_size=320, no_rope_layers=[1, 1]).to_dict()
+    saved = KansformerConfig(**sizes, vocab_size=320, no_rope_layers=[1, 1], ffn_type="kan_gated").to_dict()
     for layers in (1, 4):
         made = config(saved, num_hidden_layers=layers)
         assert made.layer_types == ["full_attention"] * layers

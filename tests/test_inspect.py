@@ -41,7 +41,7 @@ def every_edge(layer: KANLinear, x: torch.Tensor) -> torch.Tensor:
     return torch.stack([layer(x, gate=row.expand_as(x)) for row in inputs], 1)
 
 
-def tiny_model(ffn_type: str, **fields) -> KansformerForCausalLM:
+def tiny_model(ffn_type: str | list[str], **fields) -> KansformerForCausalLM:
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 24, "max_position_embeddings": 64}
     return KansformerForCausalLM(KansformerConfig(ffn_type=ffn_type, **sizes | fields)).eval()
@@ -184,6 +184,8 @@ def test_measure_a_model(ffn_type):
 def test_measure_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"\(swiglu\) has no KAN layers.*kansformer.prune"):
         measure(tiny_model("swiglu"), token_batches())
+    with pytest.raises(ValueError, match=r"\(1 x swiglu, 1 x mlp\) has no KAN layers"):
+        measure(tiny_model(["swiglu", "mlp"]), token_batches())
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj has seen no tokens"):
         measure(tiny_model("kan"), [])
     model = tiny_model("kan_gated")

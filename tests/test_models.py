@@ -184,6 +184,29 @@ def test_a_kind_of_block_for_each_layer(tmp_path):
         tiny_config(ffn_type=["swiglu", "relu"])
 
 
+def test_the_default_has_kan_blocks_in_the_lower_half(tmp_path):
+    for layers, kan in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        config = tiny_config(num_hidden_layers=layers)
+        assert config.ffn_type == ["kan_gated"] * kan + ["swiglu"] * (layers - kan)
+    assert config.ffn_summary == "2 x kan_gated, 2 x swiglu"
+    assert tiny_config(ffn_type="kan").ffn_summary == "kan"
+    whole = KansformerForCausalLM(config)
+    whole.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["ffn_type"] == config.ffn_type
+    # Fewer layers than were saved are its first ones, as in every model of transformers; more must be named.
+    lower = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+    assert [type(layer.mlp).__name__ for layer in lower.model.layers] == ["KANGated", "KANGated", "SwiGLU"]
+    assert torch.equal(lower.model.layers[2].mlp.up_proj.weight, whole.model.layers[2].mlp.up_proj.weight)
+    config.num_hidden_layers = 1
+    assert len(KansformerForCausalLM(config).model.layers) == 1
+    with pytest.raises(ValueError, match="each of num_hidden_layers=6, or be None"):
+        KansformerForCausalLM(AutoConfig.from_pretrained(tmp_path, num_hidden_layers=6))
+    fresh = {"num_hidden_layers": 6, "layer_types": None, "ffn_type": None, "intermediate_size": None}
+    more = KansformerConfig(**config.to_dict() | fresh)
+    assert more.ffn_type == ["kan_gated"] * 3 + ["swiglu"] * 3
+    assert more.intermediate_size == [config.intermediate_size[0]] * 3 + [config.intermediate_size[-1]] * 3
+
+
 def test_causal():
     model = tiny_model()
     inputs = tokens(1, 16)

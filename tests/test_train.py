@@ -497,10 +497,10 @@ def test_demo(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}")
     results = json.loads((tmp_path / "demo/table.json").read_text())
-    assert results["kan_gated"]["parameters"] == pytest.approx(results["swiglu"]["parameters"], rel=0.01)
+    assert results["kan_lower"]["parameters"] == pytest.approx(results["swiglu"]["parameters"], rel=0.01)
     for column in ("feed-forward parameters", "bits per byte", "tokens/s", "peak memory (MB)"):
         assert column in printed
-    for picture in ("loss.png", "edges.png"):
+    for picture in ("loss.png", "edges_kan_lower.png"):
         assert (tmp_path / "demo" / picture).stat().st_size > 20_000
 
 

@@ -1,7 +1,8 @@
 """The demonstration: a KAN transformer learns Shakespeare beside a SwiGLU transformer of equal size.
 
-    python train/demo.py [--steps N] [--output_dir runs/demo]
+    python train/demo.py [--models kan_lower swiglu] [--steps N] [--output_dir runs/demo]
 
+kan_lower has KAN blocks in the lower half of its layers, kan_gated in all of them.
 Each model is trained by `train.py` in a process of its own (so that peak memory is its own), on the same text in the
 same order, from the same seed; then loaded as any Hugging Face model, asked for a sample, and drawn.
 """
@@ -30,8 +31,7 @@ from kansformer import splines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS = REPOSITORY / "configs/train/demo.yaml"
-MODELS = {"kan_gated": "tiny_kan_gated", "swiglu": "tiny_swiglu"}
-COLOURS = {"kan_gated": "#c2410c", "swiglu": "#1d4ed8"}
+COLOURS = {"kan_lower": "#c2410c", "kan_gated": "#a16207", "swiglu": "#1d4ed8"}  # and the models there are
 PROMPT = "ROMEO:\n"
 EDGES = 5  # drawn as EDGES x EDGES
 INK, FAINT = "#1f2937", "#9ca3af"
@@ -50,10 +50,11 @@ STYLE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=COLOURS, default=["kan_lower", "swiglu"])
     parser.add_argument("--steps", type=int, help="steps a model, in place of the settings file's")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     arguments = parser.parse_args()
-    output = arguments.output_dir
+    output, models = arguments.output_dir, list(dict.fromkeys(arguments.models))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     header = (
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -61,18 +62,20 @@ def main() -> None:
     )
     print(header, flush=True)
     started = time.perf_counter()
-    for name in MODELS:
+    for name in models:
         train(name, output, arguments.steps)
     plt.rcParams.update(STYLE)
-    pictures = [draw_losses(output), draw_edges(output)]
-    results = {name: json.loads((output / name / "results.json").read_text()) for name in MODELS}
+    pictures = {"loss curves": draw_losses(output, models)}
+    pictures |= {f"edge functions of {name}": draw_edges(output, name) for name in models if name != "swiglu"}
+    results = {name: json.loads((output / name / "results.json").read_text()) for name in models}
     (output / "table.json").write_text(json.dumps({"environment": header} | results, indent=1) + "\n")
     (output / "table.md").write_text(f"{header}\n\n{table(results)}")
-    for name in MODELS:
+    for name in models:
         print(f"\n--- a sample of {name} ---\n{sample(output / name / 'model')}")
     print(f"\n{table(results)}\n{time.perf_counter() - started:.0f} seconds in all.\n")
-    print(f"table: {output / 'table.md'} and table.json\nloss curves: {pictures[0]}\nedge functions: {pictures[1]}")
-    print("models: " + ", ".join(str(output / name / "model") for name in MODELS))
+    print(f"table: {output / 'table.md'} and table.json")
+    print("\n".join(f"{what}: {path}" for what, path in pictures.items()))
+    print("models: " + ", ".join(str(output / name / "model") for name in models))
 
 
 def commit() -> str:
@@ -85,7 +88,7 @@ def train(name: str, output: Path, steps: int | None) -> None:
     print(f"\n=== {name} ===", flush=True)
     shutil.rmtree(output / name, ignore_errors=True)
     command = [sys.executable, str(REPOSITORY / "train/train.py"), str(SETTINGS)]
-    command += ["--model", str(REPOSITORY / f"configs/models/{MODELS[name]}.json"), "--output_dir", str(output / name)]
+    command += ["--model", str(REPOSITORY / f"configs/models/tiny_{name}.json"), "--output_dir", str(output / name)]
     if steps:
         command += ["--steps", str(steps), "--warmup_steps", str(min(100, steps // 5))]
     subprocess.run(command, check=True)
@@ -119,11 +122,12 @@ def sample(folder: Path, max_new_tokens: int = 240) -> str:
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def draw_losses(output: Path) -> Path:
+def draw_losses(output: Path, models: list[str]) -> Path:
     """Validation loss (points) and smoothed training loss (lines) of each model."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     finals = {}
-    for name, colour in COLOURS.items():
+    for name in models:
+        colour = COLOURS[name]
         lines = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
         steps, losses = np.array([(x["step"], x["loss"]) for x in lines if "loss" in x]).T
         width = max(1, len(losses) // 20)
@@ -132,26 +136,26 @@ def draw_losses(output: Path) -> Path:
         steps, losses = np.array([(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]).T
         axes.plot(steps, losses, "o-", color=colour, markersize=4, linewidth=1.8, clip_on=False)
         finals[name] = (steps[-1], losses[-1])
-    low, high = sorted(finals, key=lambda name: finals[name][1])
-    for name, offset in ((low, -9), (high, 9)):
+    for rank, name in enumerate(sorted(finals, key=lambda name: finals[name][1])):
         step, loss = finals[name]
+        offset = 18 * rank - 9 * (len(finals) - 1)
         text = f"{name}  {loss:.3f}"
         axes.annotate(text, (step, loss), (8, offset), textcoords="offset points", color=COLOURS[name], va="center")
     top = np.percentile([x["loss"] for x in lines if "loss" in x], 92)
-    axes.set(xlabel="steps", ylabel="loss (nats per byte)", ylim=(None, top), xlim=(0, finals[low][0]))
+    axes.set(xlabel="steps", ylabel="loss (nats per byte)", ylim=(None, top), xlim=(0, step))
     axes.set_title("Tiny Shakespeare: validation (dots) and training loss (faint)", loc="left", fontsize=10)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     return save(figure, output / "loss.png")
 
 
 @torch.no_grad()
-def draw_edges(output: Path) -> Path:
-    """The functions of the strongest edges of a KAN layer in the middle, over the density of their inputs."""
-    folder = output / "kan_gated"
+def draw_edges(output: Path, name: str) -> Path:
+    """The functions of the strongest edges of a model's highest KAN layer, over the density of their inputs."""
+    folder = output / name
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     set_seed(0)  # the settings' seed: the model as it was before training
     before = AutoModelForCausalLM.from_config(model.config)
-    index = model.config.num_hidden_layers // 2
+    index = max(i for i, kind in enumerate(model.config.ffn_types) if kind == "kan_gated")
     layer, initial = (m.model.layers[index].mlp.down_proj for m in (model, before))
     inputs = layer_inputs(model, layer, AutoTokenizer.from_pretrained(folder / "model"))
 
@@ -178,9 +182,9 @@ def draw_edges(output: Path) -> Path:
         axis.patch.set_visible(False)
         axis.axhline(0, color=FAINT, linewidth=0.5)
         axis.plot(x, start[:, i, o], color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)))
-        axis.plot(x, curves[:, i, o], color=COLOURS["kan_gated"], linewidth=1.7)
+        axis.plot(x, curves[:, i, o], color=COLOURS[name], linewidth=1.7)
         at_knots = edge_functions(layer, torch.tensor(knots, dtype=torch.float32)[:, None].expand(-1, len(layer.grid)))
-        axis.plot(knots, at_knots[:, i, o], "o", color=COLOURS["kan_gated"], markersize=3)
+        axis.plot(knots, at_knots[:, i, o], "o", color=COLOURS[name], markersize=3)
         reach = 1.15 * max(curves[:, i, o].abs().max().item(), start[:, i, o].abs().max().item())
         axis.set(xlim=(lo, hi), ylim=(-reach, reach), xticks=[lo, 0, hi])
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -192,7 +196,7 @@ def draw_edges(output: Path) -> Path:
         "dashed: before training; dots: knots; shaded: density of the input on held-out text",
         fontsize=9.5,
     )
-    return save(figure, output / "edges.png")
+    return save(figure, output / f"edges_{name}.png")
 
 
 def layer_inputs(model, layer, tokenizer) -> torch.Tensor:

@@ -266,8 +266,8 @@ tags: [kansformer, kan]
 ---
 # {Path(settings.output_dir).name}
 
-A `{config.model_type}` language model (feed-forward: `{getattr(config, "ffn_type", "of the architecture")}`), trained
-by `train/train.py` on `{settings.data}`, tokenizer `{settings.tokenizer}`; the weights of {chosen}.
+A `{config.model_type}` language model (feed-forward: `{getattr(config, "ffn_summary", "of the architecture")}`),
+trained by `train/train.py` on `{settings.data}`, tokenizer `{settings.tokenizer}`; the weights of {chosen}.
 
 {table(["figure", "value"], cells)}
 

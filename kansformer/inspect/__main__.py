@@ -54,7 +54,7 @@ def facts(options: argparse.Namespace, model, batches: Sequence[torch.Tensor]) -
     feed_forward = model.parameter_counts()["feed_forward"] if hasattr(model, "parameter_counts") else None
     return {
         "Model": options.model,
-        "Feed-forward block": getattr(config, "ffn_type", config.model_type),
+        "Feed-forward block": getattr(config, "ffn_summary", config.model_type),
         "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         **({"of these, feed-forward": f"{feed_forward:,}"} if feed_forward else {}),
         "Layers × width": f"{config.num_hidden_layers} × {config.hidden_size}",

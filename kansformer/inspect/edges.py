@@ -257,7 +257,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
     """
     moments = {m: Moments(name, m) for name, m in model.named_modules() if isinstance(m, KANLinear)}
     if not moments:
-        kind = getattr(getattr(model, "config", None), "ffn_type", type(model).__name__)
+        kind = getattr(getattr(model, "config", None), "ffn_summary", type(model).__name__)
         raise ValueError(
             f"this model ({kind}) has no KAN layers, so no edge functions to inspect; "
             "kansformer.prune takes a Kansformer's feed-forward blocks of every kind"

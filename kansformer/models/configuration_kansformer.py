@@ -1,6 +1,7 @@
 """Configuration of the Kansformer: a Llama-family decoder whose feed-forward block may be a KAN block."""
 
 import os
+from itertools import groupby
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -66,7 +67,8 @@ class KansformerConfig(PreTrainedConfig):
             residual stream; 1 for embeddings, or 1/sqrt(hidden_size) where they are tied. KAN layers have their own
             in either case, derived in `kansformer.layers.KANLinear`.
         ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas. Or a list of
-            one for each layer.
+            one for each layer. None (the default): "kan_gated" in the lower half of the layers (the middle one too)
+            and "swiglu" above, the best KAN model of the sweeps at equal parameters; written back as that list.
         grid_size: G, intervals of the spline grid (KAN blocks).
         spline_order: k, degree of the splines, 1 to 3 (KAN blocks).
         grid_range: (lo, hi) that the grid covers, in units of the normalised input (KAN blocks).
@@ -85,7 +87,9 @@ class KansformerConfig(PreTrainedConfig):
 
     ```python
     >>> from kansformer import KansformerConfig, KansformerForCausalLM
-    >>> config = KansformerConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, ffn_type="kan_gated")
+    >>> config = KansformerConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
+    >>> config.ffn_type
+    ['kan_gated', 'kan_gated', 'swiglu', 'swiglu']
     >>> model = KansformerForCausalLM(config)
     ```
     """
@@ -124,7 +128,7 @@ class KansformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     use_cache: bool = True
     initializer_range: float | int | None = None
-    ffn_type: str | list[str] = "kan_gated"
+    ffn_type: str | list[str] | None = None
     grid_size: int = 3
     spline_order: int = 1
     grid_range: list[float | int] | tuple[float | int, ...] = (-2.0, 2.0)
@@ -147,6 +151,12 @@ class KansformerConfig(PreTrainedConfig):
             if values:
                 more = values[:1] * (self.num_hidden_layers - len(values)) if len(set(values)) == 1 else []
                 setattr(self, field, [*values[: self.num_hidden_layers], *more])
+        for field in ("ffn_type", "intermediate_size"):  # the first layers of a saved model are as they were
+            if isinstance(values := getattr(self, field), list):
+                setattr(self, field, values[: max(0, self.num_hidden_layers)])
+        if self.ffn_type is None:
+            upper = max(0, self.num_hidden_layers) // 2
+            self.ffn_type = ["kan_gated"] * (self.num_hidden_layers - upper) + ["swiglu"] * upper
         self.grid_range = tuple(float(bound) for bound in self.grid_range)
         # Before anything is derived from the fields, and as plain ValueErrors: @strict wraps those it raises itself.
         self.validate_architecture()
@@ -173,14 +183,20 @@ class KansformerConfig(PreTrainedConfig):
     @property
     def intermediate_sizes(self) -> list[int]:
         """The width of the feed-forward block of every layer."""
-        size = self.intermediate_size
-        return size if isinstance(size, list) else [size] * self.num_hidden_layers
+        size, layers = self.intermediate_size, self.num_hidden_layers  # which may be fewer than when it was made
+        return size[:layers] if isinstance(size, list) else [size] * layers
 
     @property
     def ffn_types(self) -> list[str]:
         """The kind of the feed-forward block of every layer."""
-        kind = self.ffn_type
-        return kind if isinstance(kind, list) else [kind] * self.num_hidden_layers
+        kind, layers = self.ffn_type, self.num_hidden_layers
+        return kind[:layers] if isinstance(kind, list) else [kind] * layers
+
+    @property
+    def ffn_summary(self) -> str:
+        """The kinds of the feed-forward blocks for people: "kan_gated", or "2 x kan_gated, 2 x swiglu" from below."""
+        runs = [(kind, len(list(same))) for kind, same in groupby(self.ffn_types)]
+        return runs[0][0] if len(runs) == 1 else ", ".join(f"{count} x {kind}" for kind, count in runs)
 
     def ffn_options(self, kind: str) -> dict[str, Any]:
         """The keyword options of `kansformer.layers.feed_forward` for blocks of this kind."""
@@ -223,10 +239,10 @@ class KansformerConfig(PreTrainedConfig):
             smallest = min(value, default=0) if isinstance(value, list) else value
             _require(value is None or smallest >= 1, field, value, "must be at least 1, or None to have it chosen")
         _require(
-            not isinstance(self.intermediate_size, list) or len(self.intermediate_size) == self.num_hidden_layers,
+            not isinstance(self.intermediate_size, list) or len(self.intermediate_size) >= self.num_hidden_layers,
             "intermediate_size",
             self.intermediate_size,
-            f"a list must have one width for each of num_hidden_layers={self.num_hidden_layers}",
+            f"a list must have one width for each of num_hidden_layers={self.num_hidden_layers}, or be None",
         )
 
         layers, window = self.num_hidden_layers, self.sliding_window
@@ -267,7 +283,7 @@ class KansformerConfig(PreTrainedConfig):
                 _require(in_range, field, value, f"must lie in [0, vocab_size={self.vocab_size})")
 
         known = set(self.ffn_types) <= set(FFN_TYPES) and len(self.ffn_types) == layers
-        rule = f"must be one of {sorted(FFN_TYPES)}, or a list with one for each of the {layers} layers"
+        rule = f"must be one of {sorted(FFN_TYPES)}, a list of one for each of the {layers} layers, or None"
         _require(known, "ffn_type", self.ffn_type, rule)
         _require(
             self.match_ffn in ("params", "flops", None),

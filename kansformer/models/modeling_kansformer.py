@@ -203,7 +203,7 @@ class KansformerPreTrainedModel(PreTrainedModel):
         refuse_adapters(self, "spline_weight")
         layers = [layer for _, layer in self.kan_layers()]
         if not layers:
-            raise ValueError(f"the model has no grids: its blocks are {self.config.ffn_type}")
+            raise ValueError(f"the model has no grids: its blocks are {self.config.ffn_summary}")
         for layer in layers:
             layer.extend_grid(grid_size)
         self.config.grid_size = grid_size
