@@ -69,6 +69,7 @@ class KansformerConfig(PreTrainedConfig):
         ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas. Or a list of
             one for each layer. None (the default): "kan_gated" in the lower half of the layers (the middle one too)
             and "swiglu" above, the best KAN model of the sweeps at equal parameters; written back as that list.
+            Lists are good for fewer layers than they name, the first ones, as a saved model's first layers are.
         grid_size: G, intervals of the spline grid (KAN blocks).
         spline_order: k, degree of the splines, 1 to 3 (KAN blocks).
         grid_range: (lo, hi) that the grid covers, in units of the normalised input (KAN blocks).
