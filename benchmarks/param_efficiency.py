@@ -2,7 +2,7 @@
 
     python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # some three hours on 2 cores
     python benchmarks/param_efficiency.py configs/sweeps/classics.yaml --output runs/headline \
-        --models swiglu swiglu_upper kan_gated_lower    # its headline alone, under two hours
+        --models swiglu swiglu_upper kan_gated_lower    # its headline alone, an hour and a half
 
 One yaml declares the sweep:
 
