@@ -154,9 +154,9 @@ class KansformerConfig(PreTrainedConfig):
                 setattr(self, field, [*values[: self.num_hidden_layers], *more])
         for field in ("ffn_type", "intermediate_size"):  # the first layers of a saved model are as they were
             if isinstance(values := getattr(self, field), list):
-                setattr(self, field, values[: max(0, self.num_hidden_layers)])
+                setattr(self, field, values[: self.num_hidden_layers])
         if self.ffn_type is None:
-            upper = max(0, self.num_hidden_layers) // 2
+            upper = self.num_hidden_layers // 2
             self.ffn_type = ["kan_gated"] * (self.num_hidden_layers - upper) + ["swiglu"] * upper
         self.grid_range = tuple(float(bound) for bound in self.grid_range)
         # Before anything is derived from the fields, and as plain ValueErrors: @strict wraps those it raises itself.
