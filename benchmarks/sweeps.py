@@ -16,6 +16,7 @@ from param_efficiency import members, searched
 
 from kansformer import KansformerConfig
 
+PEERS = {"gr_kan": "GR-KAN of KAT", "chebyshev": "Chebyshev of kan-lm-study"}  # kinds of block, on the page
 AXES = {"parameters": "equal parameters", "seconds": "equal training seconds", "weights_read": "equal weights read"}
 
 
@@ -66,11 +67,14 @@ def kan_blocks(result: dict) -> dict[str, str]:
     names = {}
     for name, model in result["sweep"]["models"].items():
         kinds = [model["ffn_type"]] if isinstance(model["ffn_type"], str) else model["ffn_type"]
-        kan = [kind for kind in kinds if kind.startswith("kan")]
-        if kan:
+        kan = [kind for kind in kinds if kind not in ("mlp", "swiglu")]
+        if kan and kan[0] in PEERS:
+            names[name] = PEERS[kan[0]]
+        elif kan:
             fields = KansformerConfig().to_dict() | model
             splines = fields["grid_size"] + fields["spline_order"]
-            names[name] = f"{kan[0]} C={splines}" + ", wide" * (model.get("match") == "weights_read")
+            names[name] = f"{kan[0]} C={splines}" + f", k={fields['spline_order']}" * (fields["spline_order"] > 1)
+            names[name] += ", wide" * (model.get("match") == "weights_read")
             names[name] += ", refined" * ("coarse_grids" in model) + ", no norm" * (not fields["ffn_norm"])
             names[name] += f", {len(kan)} of {len(kinds)} layers" * (len(kan) < len(kinds))
     return names
@@ -146,7 +150,7 @@ def draw(results: list[dict], path: Path) -> None:
     colours = {"C=4": "#1d4ed8", "C=4, no norm": "#0891b2", "C=8": "#b45309", "C=8, wide": "#15803d"}
     colours |= {"C=8, wide, refined": "#7e22ce", "C=16, wide, refined": "#be185d"}
     rows = [
-        (f"{title(result)}: {name.partition(' ')[2]}", lines)
+        (f"{title(result)}: {name.removeprefix('kan_gated ')}", lines)
         for result in results
         for name, lines in compared(result).items()
     ]

@@ -267,8 +267,13 @@ class KANLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What the five blocks share: x (..., hidden_size) to the same shape, through `intermediate_size` units."""
+    """What the blocks share: x (..., hidden_size) to the same shape, through `intermediate_size` units.
 
+    A block of your own is a subclass of this, entered in `FFN_TYPES`; it takes (hidden_size, intermediate_size), its
+    `fields`, init_gain, device and dtype. `benchmarks/peers.py` has two.
+    """
+
+    fields: tuple[str, ...] = ()  # options of the constructor that a model's configuration has
     elementwise_flops = 0  # forward, per token, beside those of the linear and KAN layers
 
     def flops_per_token(self) -> int:
@@ -280,6 +285,8 @@ class FeedForward(nn.Module):
 
 class MLP(FeedForward):
     """down(act(up x)), the block of GPT-2."""
+
+    fields = ("hidden_act",)
 
     def __init__(
         self,
@@ -309,6 +316,8 @@ class SwiGLU(FeedForward):
     With `gate_norm` the gate's input to silu is RMS-normalised with a learned gain: the MLP baseline that has the norm
     of `kan_gated` but not its functions. `project_value=False`: down(silu(gate x) * x), x repeated to the width.
     """
+
+    fields = ("gate_norm", "project_value", "norm_eps")
 
     def __init__(
         self,
@@ -343,6 +352,8 @@ class _KANFeedForward(FeedForward):
         grid_size, spline_order, grid_range, base_activation: of the KAN layers.
         ffn_norm: RMS-normalise, without a gain, what enters the block's last KAN layer, so that it fills the grid.
     """
+
+    fields = ("grid_size", "spline_order", "grid_range", "base_activation", "ffn_norm", "norm_eps")
 
     def __init__(
         self,
@@ -405,6 +416,8 @@ class KANGated(_KANFeedForward):
     splines it equals `SwiGLU` with the same weights bit for bit on the torch backend. `project_value=False`: v is x,
     repeated to the width.
     """
+
+    fields = (*_KANFeedForward.fields, "project_value")
 
     def _build(
         self, hidden_size: int, intermediate_size: int, kan: dict, factory: dict, project_value: bool = True

@@ -6,13 +6,16 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import param_efficiency as efficiency  # noqa: E402
+import peers  # noqa: E402
 import sweeps  # noqa: E402
 
 MODELS = {"swiglu": {"ffn_type": "swiglu"}, "kan_gated": {"ffn_type": "kan_gated"}}
@@ -43,13 +46,14 @@ def test_cells_cost_what_the_reference_costs():
         "read": {"ffn_type": "kan_gated", "grid_size": 7, "match": "weights_read"},
         "wide": {"ffn_type": "swiglu", "match": "read"},
         "upper": {"ffn_type": "swiglu", "widths": [1, 3]},
+        **{kind: {"ffn_type": kind} for kind in peers.BLOCKS},
     }
     settings = {"steps": 10, "batch_size": 4, "sequence_length": 32}
     costs = {
         name: efficiency.costs([(10, efficiency.configuration(size, model, "swiglu", models))], settings)
         for name, model in models.items()
     }
-    for name in ("mlp", "kan_mix", "kan_gated", "upper"):
+    for name in ("mlp", "kan_mix", "kan_gated", "upper", *peers.BLOCKS):
         assert costs[name]["feed_forward"] == pytest.approx(costs["swiglu"]["feed_forward"], rel=0.01)
     assert costs["read"]["weights_read"] == pytest.approx(costs["swiglu"]["weights_read"], rel=0.01)
     assert costs["read"]["feed_forward"] == pytest.approx(2.5 * costs["swiglu"]["feed_forward"], rel=0.02)  # 10/4 of it
@@ -75,6 +79,44 @@ def test_a_run_whose_grids_are_refined_costs_what_its_parts_cost():
     assert cost["both"] | {"flops": 0} == cost["fine"] | {"flops": 0}
     times = efficiency.step_times({("d16", "both"): parts}, values["train"], 1, "cpu")
     assert set(times) == {("d16", "both")}
+
+
+@pytest.mark.parametrize(("kind", "error"), [("gr_kan", 2e-4), ("chebyshev", 0.6)])
+def test_peers_functions_are_those_of_their_papers(kind, error):
+    x = torch.linspace(-3, 3, 40, dtype=torch.float64).expand(2, 5, 40)
+    with torch.compiler.set_stance("force_eager"):
+        block = peers.BLOCKS[kind](40, 16).double()
+        assert (block.input_function(x) - x).abs().max() < error
+        assert (block.function(x) - torch.nn.functional.silu(x)).abs().max() < error
+        coefficients = list(block.function.parameters())
+        for parameter in coefficients:
+            torch.nn.init.normal_(parameter)
+        found = block.function(x)
+    a, *b = (parameter.detach().view(peers.GROUPS, -1).numpy() for parameter in coefficients)
+    for group in range(peers.GROUPS):
+        part = x[..., 5 * group : 5 * group + 5].numpy()
+        if b:
+            down = 1 + abs(np.polynomial.polynomial.polyval(part, [0, *b[0][group]]))
+            expected = np.polynomial.polynomial.polyval(part, a[group]) / down
+        else:
+            expected = np.polynomial.chebyshev.chebval(np.tanh(part), a[group])
+        np.testing.assert_allclose(found[..., 5 * group : 5 * group + 5].detach().numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_peers_block_is_trained_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    values = sweep(models=MODELS | {"gr_kan": {"ffn_type": "gr_kan"}})
+    values["train"]["cache_dir"] = str(tmp_path / "cache")
+    efficiency.write(
+        tmp_path / "configs" / "d16_gr_kan.json", efficiency.configured(values, "d16", "gr_kan").to_json_string()
+    )
+    made = efficiency.train(values, tmp_path, "d16", "gr_kan", 1e-3, 0, "cpu", 1, "now")
+    assert (
+        made["feed_forward_parameters"]
+        == efficiency.costs([(3, efficiency.configured(values, "d16", "gr_kan"))], values["train"])["feed_forward"]
+    )
+    assert 4 < made["val_loss"] < 7
 
 
 def test_layers_of_two_kinds_have_the_parameters_of_the_reference_each():

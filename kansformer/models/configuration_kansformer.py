@@ -16,16 +16,6 @@ from .remote_code import AUTO_MAP, MODULES, write_remote_code
 
 logger = logging.get_logger(__name__)
 
-# Which fields each feed-forward block reads. The others are inert for it, and setting one of them is reported.
-_KAN_FIELDS = ("grid_size", "spline_order", "grid_range", "base_activation", "ffn_norm")
-_FFN_FIELDS = {
-    "mlp": ("hidden_act",),
-    "swiglu": ("gate_norm", "project_value"),
-    "kan": _KAN_FIELDS,
-    "kan_mix": _KAN_FIELDS,
-    "kan_gated": (*_KAN_FIELDS, "project_value"),
-}
-
 
 def _require(condition: bool, field: str, value: Any, rule: str) -> None:
     if not condition:
@@ -201,8 +191,8 @@ class KansformerConfig(PreTrainedConfig):
 
     def ffn_options(self, kind: str) -> dict[str, Any]:
         """The keyword options of `kansformer.layers.feed_forward` for blocks of this kind."""
-        options = {field: getattr(self, field) for field in _FFN_FIELDS[kind]}
-        return options if kind == "mlp" else options | {"norm_eps": self.rms_norm_eps}
+        names = {field: field for field in FFN_TYPES[kind].fields} | {"norm_eps": "rms_norm_eps"}
+        return {field: getattr(self, names[field]) for field in FFN_TYPES[kind].fields}
 
     def _matched_size(self, kind: str) -> int:
         return match_intermediate_size(
@@ -320,7 +310,8 @@ class KansformerConfig(PreTrainedConfig):
 
     def _report_inert_fields(self) -> None:
         """Warn of feed-forward options that were set but that this `ffn_type` does not read."""
-        inert = set().union(*_FFN_FIELDS.values()).difference(*(_FFN_FIELDS[kind] for kind in self.ffn_types))
+        read = {field for kind in self.ffn_types for field in FFN_TYPES[kind].fields}
+        inert = {field for block in FFN_TYPES.values() for field in block.fields} - read - {"norm_eps"}
         changed = [field for field in sorted(inert) if getattr(self, field) != getattr(type(self), field)]
         if changed:
             logger.warning_once(f"ffn_type={self.ffn_type!r} does not read {', '.join(changed)}: no effect.")
