@@ -27,7 +27,7 @@ from transformers import (
 @dataclass
 class Settings:
     # what is trained, on what
-    model: str = "configs/models/tiny_kan_gated.json"  # a json that AutoConfig reads, or a saved model to start from
+    model: str = "configs/models/tiny_kan_lower.json"  # a json that AutoConfig reads, or a saved model to start from
     model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.num_hidden_layers 6
     data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
     text_column: str = "text"  # the text's field in .jsonl files and hub datasets
@@ -193,9 +193,11 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
     """The model's configuration: the json file, then what follows from the tokenizer, then the overrides.
 
     The vocabulary is the tokenizer's, rounded up to a multiple of 64 (shards and tensor cores want that). The json's
-    intermediate_size belongs to its block: where an override changes that, the usual width takes its place, at which
-    all blocks have as many parameters, up to widths' multiples of 8, unless intermediate_size is overridden too. A
-    field that no Kansformer has is an error; other models' published files hold such, and the model ignores them.
+    intermediate_size belongs to its block: where an override changes that, the width at which blocks have the
+    parameters of its match_reference_size (of the usual width, for another hidden_size) takes its place, up to
+    multiples of 8, unless intermediate_size is overridden too. Kinds of block that it lists layer by layer are not
+    those of another number of layers. A field that no Kansformer has is an error; other models' published files hold
+    such, and the model ignores them.
 
     A folder, as `save_pretrained` writes it, stands for its weights too: its vocabulary stays, and must be the
     tokenizer's where it holds one.
@@ -225,8 +227,19 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
         if key not in known and (kind == "kansformer" or key in settings.model_overrides):
             where = "" if key in settings.model_overrides else f" in {path}"
             raise ValueError(f"unknown model field {key!r}{where}{_nearest(key, known)}")
+    layers, kinds = settings.model_overrides.get("num_hidden_layers"), fields.get("ffn_type")
+    if folder is None and layers is not None and isinstance(kinds, list) and "ffn_type" not in settings.model_overrides:
+        _check(
+            "model.num_hidden_layers",
+            layers,
+            layers == len(kinds),
+            f"is not the {len(kinds)} layers that {path} has blocks for: give --model.ffn_type too, null for "
+            "KAN blocks in the lower half",
+        )
     if kind == "kansformer" and BLOCK_FIELDS & set(settings.model_overrides):
         fields.pop("intermediate_size", None)
+    if "hidden_size" in settings.model_overrides:
+        fields.pop("match_reference_size", None)
     fields |= settings.model_overrides
     if fields["vocab_size"] < num_tokens:
         raise ValueError(f"model.vocab_size {fields['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
