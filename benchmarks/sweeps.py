@@ -9,6 +9,7 @@ would rather be wider too); at equal weights read, where SwiGLU is there with mo
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from harness import RESULTS, markdown, write, write_figure
@@ -28,6 +29,7 @@ def main() -> None:
         "as many parameters was trained there is a dash."
     )
     parts.append(table(results))
+    parts += [beside(result) for result in results if PEERS.keys() & set(result["sweep"]["models"])]
     parts.append(edges(results))
     parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
     for result in results:
@@ -128,6 +130,24 @@ def headline(results: list[dict]) -> str:
     names = [f"efficiency_{name}" for name in ("classics", "wikitext2", "tinyshakespeare", "long")]
     blocks = ("kan_gated C=4, 2 of 4 layers", "kan_gated C=4", "kan_gated C=8, wide, refined")
     return table([result for result in results if result["sweep"]["name"] in names], blocks)
+
+
+def beside(result: dict) -> str:
+    """Every block of a sweep that has peers', the lowest loss at the largest size first, at equal parameters."""
+    sweep, sizes = result["sweep"], list(result["sweep"]["sizes"])
+    cells = {(cell["model"], cell["size"]): cell for cell in result["cells"]}
+    names = kan_blocks(result)
+    rows = []
+    for model, fields in sweep["models"].items():
+        if "match" in fields:
+            continue
+        losses = [statistics.fmean(cells[model, size]["losses"]) for size in sizes]
+        found = (needed(result, model, axis) for axis in ("parameters", "seconds"))
+        rows.append([names.get(model, model), *(f"{loss:.4f}" for loss in losses), *map(ratio, found)])
+    rows.sort(key=lambda row: row[len(sizes)])
+    return f"{title(result)}, losses in nats a token:\n\n" + markdown(
+        ["block", *sizes, AXES["parameters"], AXES["seconds"]], rows
+    )
 
 
 def edges(results: list[dict]) -> str:

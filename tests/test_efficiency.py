@@ -108,14 +108,10 @@ def test_a_peers_block_is_trained_like_any_other(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     values = sweep(models=MODELS | {"gr_kan": {"ffn_type": "gr_kan"}})
     values["train"]["cache_dir"] = str(tmp_path / "cache")
-    efficiency.write(
-        tmp_path / "configs" / "d16_gr_kan.json", efficiency.configured(values, "d16", "gr_kan").to_json_string()
-    )
+    parts = efficiency.phases(values, "d16", "gr_kan")
+    efficiency.write(tmp_path / "configs" / "d16_gr_kan.json", parts[0][1].to_json_string())
     made = efficiency.train(values, tmp_path, "d16", "gr_kan", 1e-3, 0, "cpu", 1, "now")
-    assert (
-        made["feed_forward_parameters"]
-        == efficiency.costs([(3, efficiency.configured(values, "d16", "gr_kan"))], values["train"])["feed_forward"]
-    )
+    assert made["feed_forward_parameters"] == efficiency.costs(parts, values["train"])["feed_forward"]
     assert 4 < made["val_loss"] < 7
 
 
@@ -126,8 +122,13 @@ def test_layers_of_two_kinds_have_the_parameters_of_the_reference_each():
     values["sizes"] = {"d16": values["sizes"]["d16"] | {"num_hidden_layers": 2}}
     widths = {name: efficiency.configured(values, "d16", name).intermediate_size for name in models}
     assert widths["first"] == [widths["kan_gated"], widths["swiglu"]]
+    models["cubic"] = {"ffn_type": "kan", "grid_size": 5, "spline_order": 3}
+    models["peer"] = {"ffn_type": "gr_kan"}
     names = sweeps.kan_blocks({"sweep": values})
+    assert names.pop("peer") == sweeps.PEERS["gr_kan"]
+    assert names.pop("cubic") == "kan C=8, k=3"
     assert names == {"kan_gated": "kan_gated C=4", "first": "kan_gated C=4, 1 of 2 layers"}
+    assert sweeps.PEERS.keys() == peers.BLOCKS.keys()
 
 
 def test_ratio_is_what_was_put_in():
