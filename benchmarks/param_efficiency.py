@@ -492,8 +492,10 @@ def step_times(models: dict, settings: dict, rounds: int, device: str) -> dict[t
     times = {}
     if rounds == 0:
         return times
+    torch._dynamo.config.recompile_limit = 64  # models that share a forward method: of 8 it leaves the ninth eager
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for size in dict.fromkeys(size for size, _ in models):
-        torch.compiler.reset()  # which counts the models that share a forward method, and gives up on the ninth
+        torch.compiler.reset()
         of_size = {model: parts for (s, model), parts in models.items() if s == size}
         steps = {
             (model, part): stepper(config, settings, device)

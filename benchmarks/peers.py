@@ -9,7 +9,8 @@ a KAN has one an edge. f1 starts at the identity, f2 at silu. Without biases, as
     chebyshev   f(x) = sum_n a_n T_n(tanh x), n to 5                          kan-lm-study (2026); arXiv:2405.07200
 
 KAT's paper shares the b among groups and its code the a: here each group has its own of both. The KAN of efficient-kan
-and kan-gpt, cubic splines and silu on every edge, is the library's `kan`.
+and kan-gpt, cubic splines and silu on every edge, is the library's `kan` with spline_order=3, base_activation="silu".
+A saved model has no code of these blocks: import this file before it is loaded.
 """
 
 import sys
@@ -28,7 +29,7 @@ DENOMINATOR = (0.0, 0.115, 0.0, 0.001)  # b at the start: silu to 1.2e-4, the id
 class Rational(nn.Module):
     """A rational function of degrees 5 and 4 for each group of channels."""
 
-    flops = 22
+    flops = 21  # two polynomials by Horner, x times the second, its absolute value, the sum and the quotient
 
     def __init__(self, target: str, **factory: object) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Rational(nn.Module):
 class Chebyshev(nn.Module):
     """A sum of the first six Chebyshev polynomials of tanh x for each group of channels."""
 
-    flops = 22
+    flops = 24  # tanh, five steps of Clenshaw's recurrence and its end
 
     def __init__(self, target: str, **factory: object) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ def fitted(target: str, basis: Callable[[Tensor], Tensor]) -> Tensor:
     """Coefficients of the six functions `basis` closest to the target on [-3, 3]."""
     x = torch.linspace(-3, 3, 601, dtype=torch.float64, device="cpu").unsqueeze(-1)
     y = x if target == "identity" else nn.functional.silu(x)
-    return torch.linalg.lstsq(basis(x), y).solution.squeeze(-1).float()
+    return torch.linalg.lstsq(basis(x), y).solution.squeeze(-1).to(torch.get_default_dtype())
 
 
 def by_channel(coefficients: Tensor, x: Tensor) -> Tensor:

@@ -70,15 +70,17 @@ def kan_blocks(result: dict) -> dict[str, str]:
     for name, model in result["sweep"]["models"].items():
         kinds = [model["ffn_type"]] if isinstance(model["ffn_type"], str) else model["ffn_type"]
         kan = [kind for kind in kinds if kind not in ("mlp", "swiglu")]
-        if kan and kan[0] in PEERS:
+        if not kan:
+            continue
+        if kan[0] in PEERS:
             names[name] = PEERS[kan[0]]
-        elif kan:
+        else:
             fields = KansformerConfig().to_dict() | model
             splines = fields["grid_size"] + fields["spline_order"]
             names[name] = f"{kan[0]} C={splines}" + f", k={fields['spline_order']}" * (fields["spline_order"] > 1)
             names[name] += ", wide" * (model.get("match") == "weights_read")
             names[name] += ", refined" * ("coarse_grids" in model) + ", no norm" * (not fields["ffn_norm"])
-            names[name] += f", {len(kan)} of {len(kinds)} layers" * (len(kan) < len(kinds))
+        names[name] += f", {len(kan)} of {len(kinds)} layers" * (len(kan) < len(kinds))
     return names
 
 

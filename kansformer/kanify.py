@@ -91,9 +91,8 @@ def kanify(
     splines = {"grid_size": grid_size, "spline_order": spline_order, "grid_range": list(grid_range)}
     if ffn_type not in FFN_TYPES:
         raise ValueError(f"ffn_type is {ffn_type!r}; choose one of {', '.join(FFN_TYPES)}")
-    if reinitialize and ffn_type in ("mlp", "swiglu"):
-        splines = {}
     if reinitialize:
+        splines = {name: value for name, value in splines.items() if name in FFN_TYPES[ffn_type].fields}
         plan = _modules_to_replace(model, pattern, inputs, {"ffn_type": ffn_type, **splines})
     else:
         plan = [step | splines for step in _chains(model, inputs) if fnmatch.fnmatch(step["block"], pattern)]

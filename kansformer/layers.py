@@ -1,6 +1,6 @@
 """KAN layers and the feed-forward blocks of a transformer built from them.
 
-A block is d -> h -> d on a normalised input; `FFN_TYPES` names all five, and every other line of a model is shared, so
+A block is d -> h -> d on a normalised input; `FFN_TYPES` names all, and every other line of a model is shared, so
 a comparison differs in nothing else. G intervals and order k give C = G + k splines an edge.
 
     mlp         down(act(up x))                                         2 d h parameters
@@ -273,7 +273,7 @@ class FeedForward(nn.Module):
     `fields`, init_gain, device and dtype. `benchmarks/peers.py` has two.
     """
 
-    fields: tuple[str, ...] = ()  # options of the constructor that a model's configuration has
+    fields: tuple[str, ...] = ()  # options of the constructor, by their names in a model's configuration
     elementwise_flops = 0  # forward, per token, beside those of the linear and KAN layers
 
     def flops_per_token(self) -> int:

@@ -193,6 +193,7 @@ def test_a_block_that_changes_takes_its_own_width(monkeypatch, tmp_path):
     assert small == pytest.approx(same[0] / 4, rel=0.05)
     with pytest.raises(ValueError, match=r"num_hidden_layers = 2 is not the 4 layers .* give --model.ffn_type too"):
         config(num_hidden_layers=2)
+    assert config(ffn_type="mlp", match_reference="mlp").intermediate_size == 4 * 128
     assert config(num_hidden_layers=6, ffn_type=None).ffn_type == ["kan_gated"] * 3 + ["swiglu"] * 3
     assert config(ffn_type="swiglu", intermediate_size=40).intermediate_size == 40
     path = tmp_path / "model.json"

@@ -31,6 +31,7 @@ from transformers import (
 
 import kansformer
 from kansformer import KansformerConfig, KansformerForCausalLM, KansformerModel
+from kansformer.layers import FeedForward
 
 FFN_TYPES = ("mlp", "swiglu", "kan", "kan_mix", "kan_gated")
 KAN_TYPES = FFN_TYPES[2:]
@@ -136,6 +137,28 @@ def test_kan_gated_contains_swiglu():
         for _, layer in kan.kan_layers():
             layer.spline_weight.zero_()
     torch.testing.assert_close(kan(tokens()).logits, swiglu(tokens()).logits)
+
+
+def test_a_block_of_ones_own(monkeypatch):
+    class Linear(FeedForward):
+        fields = ("gain",)
+
+        def __init__(self, hidden_size, intermediate_size, init_gain=1.0, gain=1.0):
+            super().__init__()
+            self.proj = torch.nn.Linear(hidden_size, hidden_size)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    monkeypatch.setitem(kansformer.FFN_TYPES, "linear", Linear)
+    tiny_config(ffn_type="kan_gated")  # its field is none of this model's business
+    with pytest.raises(AttributeError, match="gain"):
+        tiny_model(ffn_type="linear", intermediate_size=8)
+    monkeypatch.setattr(Linear, "fields", ())
+    model = tiny_model(ffn_type="linear", intermediate_size=8)
+    assert model.flops_per_token(8) > 0
+    ids = torch.arange(6).unsqueeze(0)
+    assert model(ids, labels=ids).loss.isfinite()
 
 
 @pytest.mark.parametrize("ffn_type", FFN_TYPES)

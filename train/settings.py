@@ -194,10 +194,10 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
 
     The vocabulary is the tokenizer's, rounded up to a multiple of 64 (shards and tensor cores want that). The json's
     intermediate_size belongs to its block: where an override changes that, the width at which blocks have the
-    parameters of its match_reference_size (of the usual width, for another hidden_size) takes its place, up to
-    multiples of 8, unless intermediate_size is overridden too. Kinds of block that it lists layer by layer are not
-    those of another number of layers. A field that no Kansformer has is an error; other models' published files hold
-    such, and the model ignores them.
+    parameters of its match_reference_size (of the usual width, for another hidden_size or match_reference) takes its
+    place, up to multiples of 8, unless intermediate_size is overridden too. Kinds of block that it lists layer by layer
+    are not those of another number of layers. A field that no Kansformer has is an error; other models' published files
+    hold such, and the model ignores them.
 
     A folder, as `save_pretrained` writes it, stands for its weights too: its vocabulary stays, and must be the
     tokenizer's where it holds one.
@@ -238,7 +238,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
         )
     if kind == "kansformer" and BLOCK_FIELDS & set(settings.model_overrides):
         fields.pop("intermediate_size", None)
-    if "hidden_size" in settings.model_overrides:
+    if {"hidden_size", "match_reference"} & set(settings.model_overrides):
         fields.pop("match_reference_size", None)
     fields |= settings.model_overrides
     if fields["vocab_size"] < num_tokens:

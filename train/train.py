@@ -112,9 +112,9 @@ class Run:
         self.val_batches = Batches(self.val_text, settings.sequence_length, settings.batch_size)
         # What must be the same in a run that goes on: settings, model and text
         self.identity = dataclasses.asdict(settings) | {"tokens": train_text.folder.name}
-        self.identity |= {
-            f"model.{key}": value for key, value in self.config.to_diff_dict().items() if key != "transformers_version"
-        }
+        fields = self.config.to_diff_dict()
+        made = {"transformers_version", "match_ffn", "match_reference", "match_reference_size"}  # what widths came from
+        self.identity |= {f"model.{key}": value for key, value in fields.items() if key not in made}
 
         # Model and optimizer, from the newest checkpoint or from the seed
         self.step, self.best = 0, None  # optimizer steps done; the figures of the best evaluation and its step

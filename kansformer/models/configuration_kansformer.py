@@ -311,7 +311,7 @@ class KansformerConfig(PreTrainedConfig):
     def _report_inert_fields(self) -> None:
         """Warn of feed-forward options that were set but that this `ffn_type` does not read."""
         read = {field for kind in self.ffn_types for field in FFN_TYPES[kind].fields}
-        inert = {field for block in FFN_TYPES.values() for field in block.fields} - read - {"norm_eps"}
+        inert = {field for block in FFN_TYPES.values() for field in block.fields if hasattr(type(self), field)} - read
         changed = [field for field in sorted(inert) if getattr(self, field) != getattr(type(self), field)]
         if changed:
             logger.warning_once(f"ffn_type={self.ffn_type!r} does not read {', '.join(changed)}: no effect.")
