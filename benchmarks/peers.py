@@ -1,18 +1,21 @@
-"""Feed-forward blocks of other projects, as `ffn_type`s for a sweep: their functions, and all else shared.
+"""Blocks to compare with, of other projects and an MLP's, as `ffn_type`s for a sweep: their functions, all else shared.
 
     python benchmarks/peers.py configs/train/demo.yaml --model.ffn_type gr_kan    # what train/train.py takes
 
-Both are down(f2(up f1(x))): an MLP whose activations are learned, one function for each of 8 groups of channels, where
-a KAN has one an edge. f1 starts at the identity, f2 at silu. Without biases, as every block here.
+The first two are down(f2(up f1(x))): an MLP whose activations are learned, one function for each of 8 groups of
+channels, where a KAN has one an edge. f1 starts at the identity, f2 at silu. The third is the MLP of `kan_fourier`'s
+functions: one wave for all edges of a unit. Without biases, as every block here, but for the waves' phases.
 
     gr_kan      f(x) = (a0 + ... + a5 x^5) / (1 + |b1 x + ... + b4 x^4|)      KAT (Yang & Wang 2024, arXiv:2409.10594)
     chebyshev   f(x) = sum_n a_n T_n(tanh x), n to 5                          kan-lm-study (2026); arXiv:2405.07200
+    sine        down(sin(1.5 up x + phase))                             SIREN (Sitzmann et al. 2020, arXiv:2006.09661)
 
 KAT's paper shares the b among groups and its code the a: here each group has its own of both. The KAN of efficient-kan
 and kan-gpt, cubic splines and silu on every edge, is the library's `kan` with spline_order=3, base_activation="silu".
 A saved model has no code of these blocks: import this file before it is loaded.
 """
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -20,7 +23,7 @@ import torch
 from harness import ROOT
 from torch import Tensor, nn
 
-from kansformer.layers import FFN_TYPES, MLP, FeedForward
+from kansformer.layers import FFN_TYPES, MLP, FeedForward, KANFourier
 
 GROUPS = 8
 DENOMINATOR = (0.0, 0.115, 0.0, 0.001)  # b at the start: silu to 1.2e-4, the identity exactly
@@ -108,7 +111,23 @@ class ChebyshevKAN(_Grouped):
     kind = Chebyshev
 
 
-BLOCKS = {"gr_kan": GRKAN, "chebyshev": ChebyshevKAN}
+class Sine(FeedForward):
+    """The MLP with sine activations; phases are learned, from anywhere in a turn."""
+
+    frequency = 1.5  # that of kan_fourier
+
+    def __init__(self, hidden_size: int, intermediate_size: int, init_gain: float = 1.0, **factory: object) -> None:
+        super().__init__()
+        like = KANFourier(hidden_size, intermediate_size, self.frequency, math.sqrt(2) * init_gain, **factory)
+        self.up_proj, self.down_proj = like.up_proj, like.sin_proj  # the mean square of a sine of any phase is 1/2
+        self.phase = nn.Parameter(torch.rand(intermediate_size, **factory) * 2 * math.pi)
+        self.elementwise_flops = 3 * intermediate_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj((self.frequency * self.up_proj(x) + self.phase).sin())
+
+
+BLOCKS = {"gr_kan": GRKAN, "chebyshev": ChebyshevKAN, "sine": Sine}
 FFN_TYPES.update(BLOCKS)
 
 

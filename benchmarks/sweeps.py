@@ -15,9 +15,10 @@ from pathlib import Path
 from harness import RESULTS, markdown, write, write_figure
 from param_efficiency import members, searched
 
-from kansformer import KansformerConfig
+from kansformer import FFN_TYPES, KansformerConfig
 
-PEERS = {"gr_kan": "GR-KAN of KAT", "chebyshev": "Chebyshev of kan-lm-study"}  # kinds of block, on the page
+# Kinds of block without splines, on the page
+PEERS = {"gr_kan": "GR-KAN of KAT", "chebyshev": "Chebyshev of kan-lm-study", "sine": "sine MLP"}
 AXES = {"parameters": "equal parameters", "seconds": "equal training seconds", "weights_read": "equal weights read"}
 
 
@@ -29,7 +30,7 @@ def main() -> None:
         "as many parameters was trained there is a dash."
     )
     parts.append(table(results))
-    parts += [beside(result) for result in results if PEERS.keys() & set(result["sweep"]["models"])]
+    parts += [beside(result) for result in results if len(kan_blocks(result)) > 5]
     parts.append(edges(results))
     parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
     for result in results:
@@ -72,8 +73,8 @@ def kan_blocks(result: dict) -> dict[str, str]:
         kan = [kind for kind in kinds if kind not in ("mlp", "swiglu")]
         if not kan:
             continue
-        if kan[0] in PEERS:
-            names[name] = PEERS[kan[0]]
+        if "grid_size" not in FFN_TYPES[kan[0]].fields:
+            names[name] = PEERS.get(kan[0], kan[0])
         else:
             fields = KansformerConfig().to_dict() | model
             splines = fields["grid_size"] + fields["spline_order"]

@@ -8,6 +8,7 @@ a comparison differs in nothing else. G intervals and order k give C = G + k spl
     kan         KAN(d->h), norm, KAN(h->d)                              2 d h (C + 1)      arXiv:2404.19756
     kan_mix     up (d->h), norm, KAN(h->d)                              d h (1 + C + 1)
     kan_gated   z = norm(gate x), v = up x, y_o = sum_h v_h phi_oh(z_h) d h (2 + C + 1)    arXiv:2408.10205
+    kan_fourier z = w up x, y_o = sum_h a_oh sin z_h + b_oh cos z_h     3 d h              arXiv:2406.01034
 
 (one less in each C + 1 without the base term.) In `kan_gated` every edge has its own gate function phi; with the silu
 base term, zero splines and no norm it is SwiGLU, bit for bit. With `project_value=False` the two gated blocks have no
@@ -430,6 +431,37 @@ class KANGated(_KANFeedForward):
         return self._down(z, gate=_value(self.up_proj, x, z))
 
 
+class KANFourier(FeedForward):
+    """z = w up x, y_o = sum_h a_oh sin z_h + b_oh cos z_h: every edge is a wave with a height and a phase of its own.
+
+    A KAN layer with a Fourier basis (Xu et al. 2024, arXiv:2406.01034) of one frequency behind a linear one, with the
+    parameters of SwiGLU of its width. At the start up x has unit variance, and w is `fourier_frequency`.
+    """
+
+    fields = ("fourier_frequency",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        fourier_frequency: float = 1.5,
+        init_gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fourier_frequency = fourier_frequency
+        factory = {"device": device, "dtype": dtype}
+        self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
+        self.sin_proj = _linear(intermediate_size, hidden_size, init_gain, **factory)  # sin^2 + cos^2 = 1
+        self.cos_proj = _linear(intermediate_size, hidden_size, init_gain, **factory)
+        self.elementwise_flops = 3 * intermediate_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fourier_frequency * self.up_proj(x)
+        return self.sin_proj(z.sin()) + self.cos_proj(z.cos())
+
+
 def _value(up_proj: nn.Linear | None, x: Tensor, gate: Tensor) -> Tensor:
     """up x, or without an up projection x itself, in as many copies as the width of `gate` takes."""
     if up_proj is not None:
@@ -444,6 +476,7 @@ FFN_TYPES: dict[str, type[FeedForward]] = {
     "kan": KAN,
     "kan_mix": KANMix,
     "kan_gated": KANGated,
+    "kan_fourier": KANFourier,
 }
 
 

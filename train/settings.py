@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kansformer import FFN_TYPES
+
 
 @dataclass
 class Settings:
@@ -251,7 +253,8 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
             f"{longest}: lower the one or raise the other (--model.max_position_embeddings)"
         )
     if settings.coarse_grids:
-        size = config.grid_size if any(kind.startswith("kan") for kind in getattr(config, "ffn_types", ())) else 0
+        splines = any("grid_size" in FFN_TYPES[kind].fields for kind in getattr(config, "ffn_types", ()))
+        size = config.grid_size if splines else 0
         rule = f"must end below the model's grid_size, which is {size}" if size else "needs a KAN block"
         _check("coarse_grids", settings.coarse_grids, settings.coarse_grids[-1][1] < size, rule)
     return config

@@ -1,5 +1,6 @@
 """Configuration of the Kansformer: a Llama-family decoder whose feed-forward block may be a KAN block."""
 
+import math
 import os
 from itertools import groupby
 from typing import Any
@@ -56,16 +57,17 @@ class KansformerConfig(PreTrainedConfig):
             1/sqrt(fan_in) for linear layers, divided by sqrt(2 * num_hidden_layers) where they write into the
             residual stream; 1 for embeddings, or 1/sqrt(hidden_size) where they are tied. KAN layers have their own
             in either case, derived in `kansformer.layers.KANLinear`.
-        ffn_type: "mlp", "swiglu", "kan", "kan_mix" or "kan_gated"; `kansformer.layers` has their formulas. Or a list of
-            one for each layer. None (the default): "kan_gated" in the lower half of the layers (the middle one too)
-            and "swiglu" above, the best KAN model of the sweeps at equal parameters; written back as that list.
-            Lists are good for fewer layers than they name, the first ones, as a saved model's first layers are.
+        ffn_type: "mlp", "swiglu", "kan", "kan_mix", "kan_gated" or "kan_fourier"; `kansformer.layers` has their
+            formulas. Or a list of one for each layer. None (the default): "kan_gated" in the lower half of the layers
+            (the middle one too) and "swiglu" above, written back as that list. Lists are good for fewer layers than
+            they name, the first ones, as a saved model's first layers are.
         grid_size: G, intervals of the spline grid (KAN blocks).
         spline_order: k, degree of the splines, 1 to 3 (KAN blocks).
         grid_range: (lo, hi) that the grid covers, in units of the normalised input (KAN blocks).
         base_activation: activation of the base term of each edge, or None for no base term (KAN blocks); one of
             `kansformer.functional.BASE_ACTIVATIONS`.
         ffn_norm: an RMSNorm without gain on what enters the block's last KAN layer (KAN blocks).
+        fourier_frequency: angular frequency of the waves of "kan_fourier", for inputs of unit variance at the start.
         hidden_act: the activation of "mlp", of the same list.
         gate_norm: an RMSNorm on the gate of "swiglu".
         project_value: an up projection in the gated blocks, "swiglu" and "kan_gated". False: the gates multiply the
@@ -125,6 +127,7 @@ class KansformerConfig(PreTrainedConfig):
     grid_range: list[float | int] | tuple[float | int, ...] = (-2.0, 2.0)
     base_activation: str | None = None
     ffn_norm: bool = True
+    fourier_frequency: float | int = 1.5
     hidden_act: str = "gelu"
     gate_norm: bool = False
     project_value: bool = True
@@ -298,6 +301,8 @@ class KansformerConfig(PreTrainedConfig):
             value = getattr(self, field)
             known = value in BASE_ACTIVATIONS or (field, value) == ("base_activation", None)
             _require(known, field, value, f"must be one of {BASE_ACTIVATIONS}")
+        frequency = self.fourier_frequency
+        _require(0 < frequency < math.inf, "fourier_frequency", frequency, "must be positive and finite")
         _require(
             1 <= self.spline_order <= 3, "spline_order", self.spline_order, "must be 1, 2 or 3, the closed-form orders"
         )
