@@ -90,12 +90,17 @@ def feed_forward_blocks(model: nn.Module) -> list[FeedForward]:
     """The model's feed-forward blocks, in order.
 
     Raises:
-        ValueError: if it has none, or an adapter sits on a layer of one.
+        ValueError: if it has none, one has no `down_proj`, or an adapter sits on a layer of one.
     """
     blocks = [m for m in model.modules() if isinstance(m, FeedForward)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no feed-forward blocks of kansformer.layers: nothing to prune")
     for block in blocks:
+        if not hasattr(block, "down_proj"):
+            raise ValueError(
+                f"{type(block).__name__} has no down_proj, whose inputs are the units that are pruned: MLP, SwiGLU and "
+                "spline blocks have one"
+            )
         refuse_adapters(block)
     return blocks
 

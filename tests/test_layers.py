@@ -17,7 +17,7 @@ from kansformer.layers import MLP, KANGated, KANLinear, SwiGLU, feed_forward, ma
 GRIDS = [(1, 1), (3, 1), (64, 1), (2, 2), (20, 2), (5, 3), (64, 3)]
 KAN_TYPES = ("kan", "kan_mix", "kan_gated")
 
-BLOCKS = ("mlp", "swiglu", "kan", "kan_mix", "kan_gated")
+BLOCKS = ("mlp", "swiglu", "kan_fourier", "kan", "kan_mix", "kan_gated")
 
 
 @pytest.mark.parametrize(("grid_size", "spline_order"), GRIDS)
@@ -253,6 +253,16 @@ def test_gate_norm_normalises_the_gate():
     x = torch.randn(5, 32)
     gate = F.rms_norm(block.gate_proj(x), (64,), block.gate_norm.weight, 1e-6)
     assert_close(block(x), block.down_proj(F.silu(gate) * block.up_proj(x)), 1e-6)
+
+
+def test_every_edge_of_kan_fourier_is_a_wave():
+    block = feed_forward("kan_fourier", 3, 4, fourier_frequency=2.0).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    a, b = block.sin_proj.weight, block.cos_proj.weight
+    height, phase = torch.hypot(a, b), torch.atan2(b, a)
+    z = 2 * (x @ block.up_proj.weight.T)
+    assert_close(block(x), (height * torch.sin(z.unsqueeze(-2) + phase)).sum(-1), 1e-12)
+    assert block.flops_per_token() == 2 * 3 * 3 * 4 + 3 * 4
 
 
 @pytest.mark.parametrize("ffn_type", BLOCKS)

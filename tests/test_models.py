@@ -33,8 +33,8 @@ import kansformer
 from kansformer import KansformerConfig, KansformerForCausalLM, KansformerModel
 from kansformer.layers import FeedForward
 
-FFN_TYPES = ("mlp", "swiglu", "kan", "kan_mix", "kan_gated")
-KAN_TYPES = FFN_TYPES[2:]
+FFN_TYPES = ("mlp", "swiglu", "kan_fourier", "kan", "kan_mix", "kan_gated")
+KAN_TYPES = FFN_TYPES[3:]
 HEADS = {
     AutoModel: "KansformerModel",
     AutoModelForCausalLM: "KansformerForCausalLM",
@@ -1052,6 +1052,7 @@ IMPOSSIBLE = {
     "spline_order": [0, 4],
     "grid_range": [(1.0, 1.0), (1e8, 1e8 + 1), (2.0, -2.0), (-math.inf, 1.0), (math.nan, 1.0), (1.0,), (0.0, 1.0, 2.0)],
     "base_activation": ["swish"],
+    "fourier_frequency": [0.0, -1.5, math.inf, math.nan],
     "hidden_act": ["swish"],
 }
 
@@ -1118,12 +1119,13 @@ FIELDS = {
     "eos_token_id": ({}, [5]),
     "use_cache": ({}, [False]),
     "initializer_range": ({}, [0.02]),
-    "ffn_type": ({}, ["mlp", "swiglu", "kan", "kan_mix"]),
+    "ffn_type": ({}, ["mlp", "swiglu", "kan", "kan_mix", "kan_fourier"]),
     "grid_size": ({}, [4]),
     "spline_order": ({}, [2, 3]),
     "grid_range": ({}, [(-1.0, 1.0)]),
     "base_activation": ({"ffn_type": "kan"}, ["silu", "gelu", "relu", "identity"]),
     "ffn_norm": ({}, [False]),
+    "fourier_frequency": ({"ffn_type": "kan_fourier"}, [3.0]),
     "hidden_act": ({"ffn_type": "mlp"}, ["relu"]),
     "gate_norm": ({"ffn_type": "swiglu"}, [True]),
     "project_value": ({}, [False]),

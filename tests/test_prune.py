@@ -39,6 +39,11 @@ def token_batches(count: int = 3) -> list[torch.Tensor]:
     return [torch.randint(256, (4, 32)) for _ in range(count)]
 
 
+def test_blocks_without_units_to_prune_are_refused():
+    with pytest.raises(ValueError, match="KANFourier has no down_proj"):
+        measure_units(tiny_model("kan_fourier"), token_batches(1))
+
+
 @torch.no_grad()
 def silence(layer: nn.Linear | KANLinear, units: torch.Tensor) -> None:
     """Let inputs of a layer add nothing, by zeros."""
