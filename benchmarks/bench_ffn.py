@@ -53,6 +53,7 @@ BLOCKS = {
     "kan_gated k=1 C=4": ("kan_gated", {}),
     "kan_gated k=1 C=4 no norm": ("kan_gated", {"ffn_norm": False}),
     "kan_gated k=1 C=8": ("kan_gated", {"grid_size": 7}),
+    "kan_fourier": ("kan_fourier", {}),
 }
 REFERENCE = "mlp"
 TORCH_BACKEND = ("kan k=3 C=8", "kan_gated k=1 C=4")  # on cuda with the other backend, too

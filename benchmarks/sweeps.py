@@ -131,7 +131,7 @@ def table(results: list[dict], blocks: tuple[str, ...] | None = None) -> str:
 def headline(results: list[dict]) -> str:
     """The rows of `table` that README shows: every text at its usual widths, and the longest training."""
     names = [f"efficiency_{name}" for name in ("classics", "wikitext2", "tinyshakespeare", "long")]
-    blocks = ("kan_gated C=4, 2 of 4 layers", "kan_gated C=4", "kan_gated C=8, wide, refined")
+    blocks = ("kan_fourier", "kan_gated C=4, 2 of 4 layers", "kan_gated C=4", "kan_gated C=8, wide, refined")
     return table([result for result in results if result["sweep"]["name"] in names], blocks)
 
 
