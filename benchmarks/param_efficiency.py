@@ -1,6 +1,6 @@
 """Parameter efficiency: a sweep of feed-forward blocks, sizes, learning rates and seeds, through train/train.py.
 
-    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # some three hours on 2 cores
+    python benchmarks/param_efficiency.py configs/sweeps/classics.yaml    # some four hours on 2 cores
     python benchmarks/param_efficiency.py configs/sweeps/classics.yaml --output runs/headline \
         --models swiglu swiglu_upper kan_gated_lower    # its headline alone, an hour and a half
 
