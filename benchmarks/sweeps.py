@@ -30,7 +30,7 @@ def main() -> None:
         "as many parameters was trained there is a dash."
     )
     parts.append(table(results))
-    parts += [beside(result) for result in results if len(kan_blocks(result)) > 5]
+    parts += [beside(result) for result in results if {*PEERS.values()} & {*kan_blocks(result).values()}]
     parts.append(edges(results))
     parts.append("![What SwiGLU needs to match, by sweep](sweeps.png)")
     for result in results:
@@ -186,7 +186,7 @@ def draw(results: list[dict], path: Path) -> None:
                 colour = colours.get(name.partition(": ")[2], "#000000")
                 panel.errorbar(x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, markersize=4, capsize=2)
         panel.axvline(1, color="#6b7280", linewidth=1)
-        panel.set(xscale="log", title=f"at {label}", xlabel="what SwiGLU needs to match", xlim=(0.5, 3.5))
+        panel.set(xscale="log", title=f"at {label}", xlabel="what SwiGLU needs to match", xlim=(0.5, 4))
         ticks = (0.5, 0.7, 1, 1.5, 2, 3)
         panel.set_xticks(ticks, [f"{tick}x" for tick in ticks])
         panel.minorticks_off()
