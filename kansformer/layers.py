@@ -271,7 +271,7 @@ class FeedForward(nn.Module):
     """What the blocks share: x (..., hidden_size) to the same shape, through `intermediate_size` units.
 
     A block of your own is a subclass of this, entered in `FFN_TYPES`; it takes (hidden_size, intermediate_size), its
-    `fields`, init_gain, device and dtype. `benchmarks/peers.py` has two.
+    `fields`, init_gain, device and dtype. `benchmarks/peers.py` has some.
     """
 
     fields: tuple[str, ...] = ()  # options of the constructor, by their names in a model's configuration
