@@ -63,10 +63,10 @@ from pathlib import Path
 import torch
 import yaml
 from harness import RESULTS, ROOT, environment, header, markdown, side_by_side, summary, write, write_figure, write_json
-from peers import BLOCKS
 from torch import nn
 
 sys.path.append(str(ROOT / "train"))
+import peers  # noqa: F401 (enters its blocks in FFN_TYPES)
 from optimizer import optimizer
 from settings import Settings
 
@@ -436,8 +436,6 @@ def train(
     """results.json of one run, which train/train.py does, or goes on with, or has done, with the commit, `made`."""
     output = folder / size / model / f"rate_{rate:g}" / f"seed_{seed}"
     config = folder / "configs" / f"{size}_{model}.json"
-    kinds = KansformerConfig(**json.loads(config.read_text())).ffn_types
-    script = ROOT / ("benchmarks/peers.py" if BLOCKS.keys() & set(kinds) else "train/train.py")
     settings = sweep["train"] | {"seed": seed, "learning_rate": rate, "output_dir": str(output), "model": str(config)}
     if coarse := sweep["models"][model].get("coarse_grids"):
         settings["coarse_grids"] = coarse
@@ -453,7 +451,7 @@ def train(
         ]
         limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, str(ROOT / "benchmarks/peers.py"), *arguments],  # train.py, with the peers' blocks
             capture_output=True,
             text=True,
             env=os.environ | limits,

@@ -87,11 +87,11 @@ def horner(coefficients: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-class _Grouped(FeedForward):
+class _Grouped(MLP):
+    fields = ()
+
     def __init__(self, hidden_size: int, intermediate_size: int, init_gain: float = 1.0, **factory: object) -> None:
-        super().__init__()
-        mlp = MLP(hidden_size, intermediate_size, "silu", init_gain, **factory)
-        self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj
+        super().__init__(hidden_size, intermediate_size, "silu", init_gain, **factory)
         self.input_function, self.function = self.kind("identity", **factory), self.kind("silu", **factory)
         self.elementwise_flops = (hidden_size + intermediate_size) * self.kind.flops
 

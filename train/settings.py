@@ -30,7 +30,7 @@ from kansformer import FFN_TYPES
 class Settings:
     # what is trained, on what
     model: str = "configs/models/tiny_kan_lower.json"  # a json that AutoConfig reads, or a saved model to start from
-    model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.num_hidden_layers 6
+    model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.hidden_size 256
     data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
     text_column: str = "text"  # the text's field in .jsonl files and hub datasets
     max_documents: int | None = None  # read at most so many
