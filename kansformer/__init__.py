@@ -4,7 +4,7 @@ Importing it registers the models with transformers' Auto classes.
 """
 
 from .functional import choose_backend, decompositions, kan_linear
-from .layers import FFN_TYPES, KANLinear, feed_forward, match_intermediate_size
+from .layers import FFN_TYPES, FourierLinear, KANLinear, feed_forward, match_intermediate_size
 from .models import (
     KansformerConfig,
     KansformerForCausalLM,
@@ -18,6 +18,7 @@ from .models import (
 __version__ = "0.1.0"
 __all__ = [
     "FFN_TYPES",
+    "FourierLinear",
     "KANLinear",
     "KansformerConfig",
     "KansformerForCausalLM",

@@ -8,7 +8,7 @@ a comparison differs in nothing else. G intervals and order k give C = G + k spl
     kan         KAN(d->h), norm, KAN(h->d)                              2 d h (C + 1)      arXiv:2404.19756
     kan_mix     up (d->h), norm, KAN(h->d)                              d h (1 + C + 1)
     kan_gated   z = norm(gate x), v = up x, y_o = sum_h v_h phi_oh(z_h) d h (2 + C + 1)    arXiv:2408.10205
-    kan_fourier z = w up x, y_o = sum_h a_oh sin z_h + b_oh cos z_h     3 d h              arXiv:2406.01034
+    kan_fourier z = up x, y_o = sum_h a_oh sin(w z_h) + b_oh cos(w z_h) 3 d h              arXiv:2406.01034
 
 (one less in each C + 1 without the base term.) In `kan_gated` every edge has its own gate function phi; with the silu
 base term, zero splines and no norm it is SwiGLU, bit for bit. With `project_value=False` the two gated blocks have no
@@ -267,6 +267,51 @@ class KANLinear(nn.Module):
         )
 
 
+class FourierLinear(nn.Module):
+    """A KAN layer of waves: a Fourier basis of one frequency on every edge (Xu et al. 2024, arXiv:2406.01034).
+
+        y_o = sum_i gate_i * (a_oi sin(w x_i) + b_oi cos(w x_i))
+            = sum_i gate_i * r_oi sin(w x_i + p_oi),    r = hypot(a, b),  p = atan2(b, a)
+
+    Args:
+        in_features, out_features: I and O.
+        frequency: w, the same for every edge.
+        init_gain: output standard deviation at initialisation, whatever the inputs are (sin^2 + cos^2 = 1).
+
+    Attributes:
+        sin_proj, cos_proj: linear layers without bias whose weights (O, I) are a and b.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        frequency: float = 1.5,
+        init_gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(in_features=in_features, out_features=out_features)
+        self.in_features, self.out_features, self.frequency = int(in_features), int(out_features), frequency
+        self.sin_proj = _linear(in_features, out_features, init_gain, device=device, dtype=dtype)
+        self.cos_proj = _linear(in_features, out_features, init_gain, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x (..., I), gate (..., I) or None: (..., O)."""
+        x = self.frequency * x
+        sine, cosine = x.sin(), x.cos()
+        if gate is not None:
+            sine, cosine = gate * sine, gate * cosine
+        return self.sin_proj(sine) + self.cos_proj(cosine)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, frequency={self.frequency}"
+
+
+KANLayer = KANLinear | FourierLinear  # a function on every edge, (I, O) of them
+
+
 class FeedForward(nn.Module):
     """What the blocks share: x (..., hidden_size) to the same shape, through `intermediate_size` units.
 
@@ -279,8 +324,8 @@ class FeedForward(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward floating point operations per token."""
-        linear = sum(2 * m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
-        kan = sum(m.flops_per_token() for m in self.children() if isinstance(m, KANLinear))
+        linear = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        kan = sum(m.flops_per_token() for m in self.modules() if isinstance(m, KANLinear))
         return linear + kan + self.elementwise_flops
 
 
@@ -432,10 +477,10 @@ class KANGated(_KANFeedForward):
 
 
 class KANFourier(FeedForward):
-    """z = w up x, y_o = sum_h a_oh sin z_h + b_oh cos z_h: every edge is a wave with a height and a phase of its own.
+    """z = up x, y_o = sum_h a_oh sin w z_h + b_oh cos w z_h: every edge is a wave with a height and a phase of its own.
 
-    A KAN layer with a Fourier basis (Xu et al. 2024, arXiv:2406.01034) of one frequency behind a linear one, with the
-    parameters of SwiGLU of its width. At the start up x has unit variance, and w is `fourier_frequency`.
+    A `FourierLinear` behind a linear layer, with the parameters of SwiGLU of its width. At the start z has unit
+    variance; w is `fourier_frequency`.
     """
 
     fields = ("fourier_frequency",)
@@ -450,16 +495,13 @@ class KANFourier(FeedForward):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fourier_frequency = fourier_frequency
         factory = {"device": device, "dtype": dtype}
         self.up_proj = _linear(hidden_size, intermediate_size, 1.0, **factory)
-        self.sin_proj = _linear(intermediate_size, hidden_size, init_gain, **factory)  # sin^2 + cos^2 = 1
-        self.cos_proj = _linear(intermediate_size, hidden_size, init_gain, **factory)
+        self.down_proj = FourierLinear(intermediate_size, hidden_size, fourier_frequency, init_gain, **factory)
         self.elementwise_flops = 3 * intermediate_size
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.fourier_frequency * self.up_proj(x)
-        return self.sin_proj(z.sin()) + self.cos_proj(z.cos())
+        return self.down_proj(self.up_proj(x))
 
 
 def _value(up_proj: nn.Linear | None, x: Tensor, gate: Tensor) -> Tensor:

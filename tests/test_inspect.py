@@ -1,6 +1,7 @@
 """Looking into trained models: the statistics against every edge written out, and the page against a parser."""
 
 import base64
+import math
 import re
 import struct
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from kansformer.inspect import edge_curves, measure, report
 from kansformer.inspect.__main__ import main
 from kansformer.inspect.edges import BINS, MARGIN, Moments
 from kansformer.inspect.formulas import formulas, quantiles
+from kansformer.layers import FourierLinear, KANLayer
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
@@ -26,16 +28,19 @@ LAYERS = {
 }
 
 
-def layer_and_inputs(name: str, rows: int = 400) -> tuple[KANLinear, torch.Tensor, torch.Tensor]:
+def layer_and_inputs(name: str, rows: int = 400) -> tuple[KANLayer, torch.Tensor, torch.Tensor]:
     """A layer with a grid of its own for each input, and inputs and gates, some of them off the grid."""
-    layer = KANLinear(5, 7, **LAYERS[name], dtype=torch.float64)
     scale = torch.rand(5, dtype=torch.float64) + 0.5
-    layer.update_grid(torch.randn(500, 5, dtype=torch.float64) * scale, spread=2.0)
+    if name == "waves":
+        layer = FourierLinear(5, 7, frequency=4.0, dtype=torch.float64)
+    else:
+        layer = KANLinear(5, 7, **LAYERS[name], dtype=torch.float64)
+        layer.update_grid(torch.randn(500, 5, dtype=torch.float64) * scale, spread=2.0)
     return layer, torch.randn(rows, 5, dtype=torch.float64) * scale + 0.3, torch.randn(rows, 5, dtype=torch.float64)
 
 
 @torch.no_grad()
-def every_edge(layer: KANLinear, x: torch.Tensor) -> torch.Tensor:
+def every_edge(layer: KANLayer, x: torch.Tensor) -> torch.Tensor:
     """(M, I, O), from the layer itself: a gate that lets one input through."""
     inputs = torch.eye(layer.in_features, dtype=x.dtype)
     return torch.stack([layer(x, gate=row.expand_as(x)) for row in inputs], 1)
@@ -55,7 +60,7 @@ def token_batches(count: int = 3) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, "waves"])
 def test_statistics_equal_those_of_every_edge(name, gated, monkeypatch):
     monkeypatch.setattr("kansformer.inspect.edges.CHUNK", 1000)  # several pieces, of rows and of inputs
     layer, x, gate = layer_and_inputs(name)
@@ -71,11 +76,15 @@ def test_statistics_equal_those_of_every_edge(name, gated, monkeypatch):
     centred, x_centred = f - f.mean(0), (x - x.mean(0)).unsqueeze(-1)
     correlation = (centred * x_centred).mean(0) / (centred.square().mean(0) * x_centred.square().mean(0)).sqrt()
     assert_close(s.linearity, correlation.square(), 1e-6, "linearity")
-    lo, hi = layer.grid.double().unbind(-1)
+    lo, hi = s.ranges.unbind(-1)
     assert_close(s.outside, ((x < lo) | (x > hi)).double().mean(0), 1e-6, "outside")
     assert s.outside.min() > 0
     assert (s.rows, s.gated) == (400, gated)
 
+    if name == "waves":
+        assert s.ranges.tolist() == [[-math.pi / 2, math.pi / 2]] * 5
+        assert s.spline_energy == pytest.approx(added.square().mean(0).sum().item(), rel=1e-9)
+        return
     splines_only = KANLinear(5, 7, **LAYERS[name], dtype=torch.float64)
     splines_only.load_state_dict(layer.state_dict())
     if layer.base_weight is not None:
@@ -130,7 +139,7 @@ def test_constant_straight_and_strongest_edges():
     assert 0 < s.carriers(0.5) < s.carriers(0.9) <= 1
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, "waves"])
 def test_curves_are_the_layers(name):
     layer, _, _ = layer_and_inputs(name)
     edges = torch.tensor([[0, 6], [4, 0], [4, 3]])
@@ -160,11 +169,11 @@ def test_no_tensor_holds_every_edge_of_every_token():
     assert 0 < largest.numel < tokens * inputs * outputs / 5  # the basis of a chunk of tokens
 
 
-@pytest.mark.parametrize("ffn_type", ["kan", "kan_mix", "kan_gated"])
+@pytest.mark.parametrize("ffn_type", ["kan", "kan_mix", "kan_gated", "kan_fourier"])
 def test_measure_a_model(ffn_type):
     model, batches = tiny_model(ffn_type).train(), token_batches()
     statistics = measure(model, iter(batches))
-    assert [s.name for s in statistics] == [name for name, _ in model.kan_layers()]
+    assert [s.name for s in statistics] == [name for name, m in model.named_modules() if isinstance(m, KANLayer)]
     assert model.training
     seen = []
     s = statistics[-1]
@@ -211,6 +220,19 @@ def test_formulas_name_what_an_edge_is():
     assert (a, b, c) == pytest.approx((2, 0.5, 1), abs=0.02)  # the outermost samples may lie off the grid
     assert re.fullmatch(r"0\.(3|299) x \+ 0\.(1|0999) \(R²\s1\.00\)", line), line
     assert "sin(2.4" in wave or "sin(2.5" in wave
+
+
+def test_the_formula_of_a_wave_is_what_it_computes():
+    layer = FourierLinear(3, 4, frequency=1.5)
+    with torch.no_grad():
+        layer.sin_proj.weight[3, 2], layer.cos_proj.weight[3, 2] = -0.3, 0.4
+    moments = Moments("layer", layer)
+    moments.add(torch.randn(20, 3))
+    found = formulas(moments.statistics(), torch.tensor([[0, 0], [2, 3]]))[1]
+    assert found == "0.5 sin(1.5 x + 2.21)"
+    x = torch.linspace(-3, 3, 9, dtype=torch.float64)
+    expected = edge_curves(layer, torch.tensor([[2, 3]]), x.unsqueeze(0))[0]
+    assert_close(0.5 * torch.sin(1.5 * x + 2.21), expected, 5e-3)
 
 
 def test_quantiles_follow_the_density():
@@ -284,6 +306,18 @@ def test_page_is_whole_and_self_contained():
     width, height = struct.unpack(">II", picture[16:24])
     assert picture.startswith(b"\x89PNG")
     assert (width, height) == (32, 24)  # inputs across, outputs down
+
+
+def test_page_of_waves():
+    statistics = measure(tiny_model(["kan_fourier", "kan_gated"]), token_batches())
+    text = report(statistics, {"Model": "waves below splines"}, formulas)
+    page = Page(text)
+    for said in ("waves of angular frequency 1.5", "no grid", "two periods", " sin(1.5 x ", "splines of order 1"):
+        assert said in page.text, said
+    assert page.text.count("Out of the grid") == 1
+    waves, splined = text.split('<section id="model-layers-1')
+    assert "<circle" not in waves
+    assert "<circle" in splined
 
 
 def test_page_of_dead_and_tiny_layers():

@@ -258,7 +258,7 @@ def test_gate_norm_normalises_the_gate():
 def test_every_edge_of_kan_fourier_is_a_wave():
     block = feed_forward("kan_fourier", 3, 4, fourier_frequency=2.0).double()
     x = torch.randn(5, 3, dtype=torch.float64)
-    a, b = block.sin_proj.weight, block.cos_proj.weight
+    a, b = block.down_proj.sin_proj.weight, block.down_proj.cos_proj.weight
     height, phase = torch.hypot(a, b), torch.atan2(b, a)
     z = 2 * (x @ block.up_proj.weight.T)
     assert_close(block(x), (height * torch.sin(z.unsqueeze(-2) + phase)).sum(-1), 1e-12)

@@ -801,7 +801,13 @@ alone = load("even")
 with torch.no_grad():
     expected = alone(inputs).logits
     found = load("even", tp_plan="auto")(inputs).logits
+    waves, split = load("waves")(inputs).logits, load("waves", tp_plan="auto")
+    for projection in (split.model.layers[0].mlp.up_proj, split.model.layers[0].mlp.down_proj.cos_proj):
+        weight = getattr(projection.weight, "to_local", lambda: projection.weight)()
+        assert weight.numel() == WAVES // 2, weight.shape
+    found_waves = split(inputs).logits
 torch.testing.assert_close(getattr(found, "full_tensor", lambda: found)(), expected, atol=1e-5, rtol=1e-4)
+torch.testing.assert_close(getattr(found_waves, "full_tensor", lambda: found_waves)(), waves, atol=1e-5, rtol=1e-4)
 sharded = load("even", distributed_config=DistributedConfig(fsdp_size=2))
 torch.testing.assert_close(list(losses(sharded)), list(losses(alone)), atol=1e-5, rtol=1e-5)
 try:
@@ -817,7 +823,10 @@ def test_tensor_parallel_and_fully_sharded_on_two_processes(tmp_path):
     """The sharded model computes and learns what the whole one does; tied rows that do not divide are refused."""
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "even")
     tiny_model(tie_word_embeddings=True, vocab_size=127).save_pretrained(tmp_path / "odd")
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    waves = tiny_model(ffn_type="kan_fourier")
+    waves.save_pretrained(tmp_path / "waves")
+    size = waves.model.layers[0].mlp.up_proj.weight.numel()
+    (tmp_path / "script.py").write_text(TWO_PROCESSES.replace("WAVES", str(size)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kansformer import KANLinear, KansformerConfig, KansformerForCausalLM
+from kansformer.layers import FeedForward, FourierLinear, KANLayer
 from kansformer.prune import (
     _stretch_inputs,
     choose_units,
@@ -24,7 +25,7 @@ from kansformer.prune import (
 )
 
 ROOT = Path(__file__).parents[1]
-FFN_TYPES = ("mlp", "swiglu", "kan", "kan_mix", "kan_gated")
+FFN_TYPES = ("mlp", "swiglu", "kan_fourier", "kan", "kan_mix", "kan_gated")
 H = 24
 KEPT = [torch.tensor([0, 3, 4, 9, 20, 23]), torch.tensor([1, 2, 22])]
 
@@ -40,13 +41,20 @@ def token_batches(count: int = 3) -> list[torch.Tensor]:
 
 
 def test_blocks_without_units_to_prune_are_refused():
-    with pytest.raises(ValueError, match="KANFourier has no down_proj"):
-        measure_units(tiny_model("kan_fourier"), token_batches(1))
+    class Bare(FeedForward):
+        pass
+
+    with pytest.raises(ValueError, match="Bare has no down_proj"):
+        feed_forward_blocks(nn.Sequential(Bare()))
 
 
 @torch.no_grad()
-def silence(layer: nn.Linear | KANLinear, units: torch.Tensor) -> None:
+def silence(layer: nn.Linear | KANLayer, units: torch.Tensor) -> None:
     """Let inputs of a layer add nothing, by zeros."""
+    if isinstance(layer, FourierLinear):
+        for waves in layer.children():
+            silence(waves, units)
+        return
     for i in units.tolist():
         if isinstance(layer, KANLinear):
             layer.spline_weight[i * layer.num_basis : (i + 1) * layer.num_basis] = 0
@@ -64,7 +72,7 @@ def without(kept: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("ffn_type", "base"), [*((kind, None) for kind in FFN_TYPES), *((kind, "silu") for kind in FFN_TYPES[2:])]
+    ("ffn_type", "base"), [*((kind, None) for kind in FFN_TYPES), *((kind, "silu") for kind in FFN_TYPES[3:])]
 )
 def test_removal_equals_silence(ffn_type, base):
     """Without a norm in the blocks the outputs are those of the model whose other units are silent."""
@@ -141,7 +149,7 @@ def test_smaller_models_are_ordinary(ffn_type, tmp_path):
         again.train()(input_ids=batches[0], labels=batches[0]).loss.backward()
         assert all(p.grad is not None for p in again.parameters())
         assert again.eval().generate(batches[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
-    if ffn_type.startswith("kan"):
+    if ffn_type in FFN_TYPES[3:]:  # splines
         before = smaller(batches[0]).logits
         smaller.extend_grid(2 * smaller.config.grid_size)
         assert_close(smaller(batches[0]).logits, before, 1e-5, "logits on a finer grid")
@@ -176,8 +184,8 @@ def test_taylor_is_the_units_share_of_the_gradient(ffn_type):
         with torch.no_grad():
             for h in range(H):
                 present = torch.zeros(H).index_fill_(0, torch.tensor(h), 1.0).expand_as(x)
-                if isinstance(layer, KANLinear):
-                    u = KANLinear.forward(layer, x, gate=present * options.get("gate", 1))
+                if isinstance(layer, KANLayer):
+                    u = type(layer).forward(layer, x, gate=present * options.get("gate", 1))
                 else:
                     u = nn.functional.linear(x * present, layer.weight)
                 expected = (u * gradients[layer]).sum(-1).abs().mean().item()
@@ -199,7 +207,7 @@ def test_energy_is_the_units_mean_square(ffn_type):
             for x, options in seen:
                 for h in range(H):
                     present = torch.zeros(H).index_fill_(0, torch.tensor(h), 1.0).expand_as(x)
-                    if isinstance(layer, KANLinear):
+                    if isinstance(layer, KANLayer):
                         u = layer(x, gate=present * options.get("gate", 1))
                     else:
                         u = layer(x * present)

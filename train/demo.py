@@ -27,7 +27,8 @@ from matplotlib.ticker import FuncFormatter
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import kansformer  # registers the model with the Auto classes
-from kansformer import splines
+from kansformer.inspect.edges import BINS, MARGIN, edge_curves, measure
+from kansformer.layers import KANLayer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS = REPOSITORY / "configs/train/demo.yaml"
@@ -155,66 +156,50 @@ def draw_edges(output: Path, name: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     set_seed(0)  # the settings' seed: the model as it was before training
     before = AutoModelForCausalLM.from_config(model.config)
-    index = max(i for i, kind in enumerate(model.config.ffn_types) if kind == "kan_gated")
-    layer, initial = (m.model.layers[index].mlp.down_proj for m in (model, before))
-    inputs = layer_inputs(model, layer, AutoTokenizer.from_pretrained(folder / "model"))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, KANLayer)}
+    place, layer = list(layers.items())[-1]
+    index = int(place.removeprefix("model.layers.").split(".")[0])
+    seen = measure(model, held_out(AutoTokenizer.from_pretrained(folder / "model")))[-1]
+    edges = seen.strongest(EDGES**2)  # one for each input and each output: more to see
 
-    # Energy of an edge: the variance of its function over the inputs it saw.
-    lo, hi = layer.grid[0].tolist()
-    seen = inputs.clamp(lo, hi)
-    energy = edge_functions(layer, seen).var(0)  # (I, O)
-    strongest = []
-    while len(strongest) < EDGES**2:
-        i, o = divmod(int(energy.argmax()), energy.shape[1])
-        strongest.append((i, o))
-        energy[i, :] = energy[:, o] = -1  # one edge for each input and each output: more to see
-
-    x = torch.linspace(lo, hi, 241)
-    curves, start = (edge_functions(m, x[:, None].expand(-1, layer.in_features)) for m in (layer, initial))
-    knots = np.linspace(lo, hi, layer.grid_size + 1)
+    lo, hi = seen.ranges[0].tolist()
+    x = torch.linspace(lo, hi, 241).double()
+    curves, start = (edge_curves(m, edges, x.expand(len(edges), -1)) for m in (layer, before.get_submodule(place)))
+    knots = torch.linspace(lo, hi, getattr(layer, "grid_size", -1) + 1).double()  # none on a wave
+    at_knots = edge_curves(layer, edges, knots.expand(len(edges), -1))
+    bins = torch.linspace(lo - MARGIN * (hi - lo), hi + MARGIN * (hi - lo), BINS + 1)
     figure, axes = plt.subplots(EDGES, EDGES, figsize=(8.2, 8.0), layout="constrained", sharex=True)
-    for axis, (i, o) in zip(axes.flat, strongest):
+    for n, (axis, (i, o)) in enumerate(zip(axes.flat, edges.tolist())):
         density = axis.twinx()
-        density.hist(inputs[:, i].numpy(), bins=40, range=(lo, hi), density=True, color="#e5e7eb")
-        density.set(ylim=(0, 1.6), yticks=[])
+        density.stairs(seen.density[i] / bins.diff(), bins, fill=True, color="#e5e7eb")
+        density.set(ylim=(0, 6.4 / (hi - lo)), yticks=[])
         density.spines[:].set_visible(False)
         axis.set_zorder(density.get_zorder() + 1)
         axis.patch.set_visible(False)
         axis.axhline(0, color=FAINT, linewidth=0.5)
-        axis.plot(x, start[:, i, o], color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)))
-        axis.plot(x, curves[:, i, o], color=COLOURS[name], linewidth=1.7)
-        at_knots = edge_functions(layer, torch.tensor(knots, dtype=torch.float32)[:, None].expand(-1, len(layer.grid)))
-        axis.plot(knots, at_knots[:, i, o], "o", color=COLOURS[name], markersize=3)
-        reach = 1.15 * max(curves[:, i, o].abs().max().item(), start[:, i, o].abs().max().item())
+        axis.plot(x, start[n], color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)))
+        axis.plot(x, curves[n], color=COLOURS[name], linewidth=1.7)
+        axis.plot(knots, at_knots[n], "o", color=COLOURS[name], markersize=3)
+        reach = 1.15 * max(curves[n].abs().max().item(), start[n].abs().max().item())
         axis.set(xlim=(lo, hi), ylim=(-reach, reach), xticks=[lo, 0, hi])
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.locator_params(axis="y", nbins=3)
         axis.tick_params(labelsize=7, length=2)
         axis.set_title(f"z{i} → y{o}", fontsize=8, pad=3)
+    dots = "dots: knots; " if len(knots) else ""
     figure.suptitle(
         f"Learned edge functions φ(z), layer {index}: the strongest edge of each of {EDGES**2} hidden units\n"
-        "dashed: before training; dots: knots; shaded: density of the input on held-out text",
+        f"dashed: before training; {dots}shaded: density of the input on held-out text",
         fontsize=9.5,
     )
     return save(figure, output / f"edges_{name}.png")
 
 
-def layer_inputs(model, layer, tokenizer) -> torch.Tensor:
-    """What a layer sees, (tokens, I), on the end of the text, which was held out."""
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+def held_out(tokenizer) -> list[torch.Tensor]:
+    """The end of the text, which no model was trained on: int64 (32, 256)."""
     text = (REPOSITORY / "train/tinyshakespeare.txt").read_text()[-8192:]
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: 32 * 256].view(-1, 256)
-    model(input_ids=tokens)
-    hook.remove()
-    return torch.cat(seen).flatten(0, -2)
-
-
-def edge_functions(layer, x: torch.Tensor) -> torch.Tensor:
-    """phi_oi(x_ni) of every edge of a KAN layer without base term: (N, I) to (N, I, O)."""
-    basis = splines.basis(x, layer.grid, layer.grid_size, layer.spline_order)  # (N, I, C)
-    coefficients = layer.spline_weight.view(layer.in_features, layer.num_basis, layer.out_features)
-    return torch.einsum("nic,ico->nio", basis, coefficients)
+    return [torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: 32 * 256].view(-1, 256)]
 
 
 def save(figure, path: Path) -> Path:

@@ -4,6 +4,8 @@ The edge from input i to output o is linear in its parameters,
 
     f_oi(x) = w_oi . psi(x_i),    psi = (B_0, .., B_{C-1}, act),    its output: gate_i * f_oi(x_i)
 
+(psi = (sin wx, cos wx) in a layer of waves.)
+
 so everything quadratic in it follows from small matrices of each input, gathered in one pass over the text:
 
     S = E[psi psi^T],  m = E[psi],  c = E[x psi],  G = E[gate^2 psi psi^T]
@@ -13,10 +15,11 @@ so everything quadratic in it follows from small matrices of each input, gathere
     linearity  corr(x, f)^2    = (w^T (c - E[x] m))^2 / (Var x * Var f),    R^2 of the best straight line
 
 No tensor of size tokens * I * O ever exists: the text costs tokens * I * P^2 operations, the edges I * O * P^2 once.
-Shapes: M rows (tokens), I in, O out, C splines and P = C + 1 functions an edge (P = C without base term). Edges are
-(I, O), as the rows of `spline_weight` are.
+Shapes: M rows (tokens), I in, O out, C splines and P = C + 1 functions an edge (P = C without base term, 2 of a wave).
+Edges are (I, O), as the rows of `spline_weight` are.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,9 +28,9 @@ from torch import Tensor, nn
 
 from kansformer import splines
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import KANLinear, observing
+from kansformer.layers import FourierLinear, KANLayer, KANLinear, observing
 
-# Input densities are counted in BINS bins on the grid and MARGIN of its width on either side; the outermost bins hold
+# Input densities are counted in BINS bins on the range and MARGIN of its width on either side; the outermost bins hold
 # what lies further out.
 BINS, MARGIN = 64, 0.25
 # An edge whose standard deviation on the text is below this share of its layer's root mean square is called constant.
@@ -36,17 +39,36 @@ CONSTANT = 0.01
 CHUNK = 2**22
 
 
-def edge_basis(layer: KANLinear, x: Tensor) -> Tensor:
-    """psi(x), the functions that every edge of an input is a combination of: (..., I) to float64 (..., I, P)."""
-    x, based = x.double(), layer.base_weight is not None
-    psi = splines.basis(x, layer.grid.double(), layer.grid_size, layer.spline_order, constant_outside=not based)
-    if layer.base_weight is None:
-        return psi
-    return torch.cat([psi, activation(x, layer.base_activation).unsqueeze(-1)], -1)
+def edge_ranges(layer: KANLayer) -> Tensor:
+    """Where each input's functions are drawn: float64 (I, 2), the grid, or two periods of a wave around 0."""
+    if isinstance(layer, KANLinear):
+        return layer.grid.double()
+    reach = 2 * math.pi / layer.frequency
+    bounds = torch.tensor([-reach, reach], dtype=torch.float64, device=layer.sin_proj.weight.device)
+    return bounds.expand(layer.in_features, 2)
 
 
-def edge_weights(layer: KANLinear, inputs: slice | Tensor = slice(None)) -> Tensor:
+def edge_basis(layer: KANLayer, x: Tensor, inputs: slice | Tensor = slice(None)) -> Tensor:
+    """psi(x), the functions that every edge of an input is a combination of.
+
+    Args:
+        x: (..., I), of the inputs `inputs` where that says which.
+    Returns:
+        float64 (..., I, P).
+    """
+    x = x.double()
+    if isinstance(layer, FourierLinear):
+        return torch.stack([(layer.frequency * x).sin(), (layer.frequency * x).cos()], -1)
+    grid, constant = layer.grid[inputs].double(), layer.base_weight is None
+    psi = splines.basis(x, grid, layer.grid_size, layer.spline_order, constant_outside=constant)
+    return psi if constant else torch.cat([psi, activation(x, layer.base_activation).unsqueeze(-1)], -1)
+
+
+def edge_weights(layer: KANLayer, inputs: slice | Tensor = slice(None)) -> Tensor:
     """w, the coefficients of psi: float64 (I, P, O), or those of some inputs."""
+    if isinstance(layer, FourierLinear):
+        waves = (layer.sin_proj.weight, layer.cos_proj.weight)
+        return torch.stack([weight.detach().mT[inputs].double() for weight in waves], 1)
     weights = layer.spline_weight.detach().unflatten(0, (layer.in_features, layer.num_basis))[inputs].double()
     if layer.base_weight is None:
         return weights
@@ -54,7 +76,7 @@ def edge_weights(layer: KANLinear, inputs: slice | Tensor = slice(None)) -> Tens
 
 
 @torch.no_grad()
-def edge_curves(layer: KANLinear, edges: Tensor, points: Tensor) -> Tensor:
+def edge_curves(layer: KANLayer, edges: Tensor, points: Tensor) -> Tensor:
     """The functions of some edges, without their gates.
 
     Args:
@@ -64,24 +86,18 @@ def edge_curves(layer: KANLinear, edges: Tensor, points: Tensor) -> Tensor:
         float64 (E, N).
     """
     i, o = edges.unbind(-1)
-    grid = layer.grid[i].double()
-    x = points.double().mT
-    constant = layer.base_weight is None
-    psi = splines.basis(x, grid, layer.grid_size, layer.spline_order, constant_outside=constant)  # (N, E, C)
-    weights = layer.spline_weight.unflatten(0, (layer.in_features, layer.num_basis))[i, :, o].double()
-    curves = (psi * weights).sum(-1)
-    if layer.base_weight is not None:
-        curves += layer.base_weight[o, i].double() * activation(x, layer.base_activation)
-    return curves.mT
+    weights = edge_weights(layer, i)[torch.arange(len(o)), :, o]  # (E, P)
+    return (edge_basis(layer, points.mT, i) * weights).sum(-1).mT
 
 
 class Moments:
     """Sums over the rows that a KAN layer has seen; `statistics()` makes them into what is known of its edges."""
 
-    def __init__(self, name: str, layer: KANLinear) -> None:
+    def __init__(self, name: str, layer: KANLayer) -> None:
         self.name, self.layer, self.rows, self.gated = name, layer, 0, False
-        inputs, functions = layer.in_features, layer.num_basis + (layer.base_weight is not None)
-        zeros = {"dtype": torch.float64, "device": layer.grid.device}
+        self.ranges = edge_ranges(layer)
+        inputs, functions = layer.in_features, edge_weights(layer, slice(1)).shape[1]
+        zeros = {"dtype": torch.float64, "device": self.ranges.device}
         self.second = torch.zeros(inputs, functions, functions, **zeros)  # S
         self.weighted = torch.zeros(inputs, functions, functions, **zeros)  # G
         self.first = torch.zeros(inputs, functions, **zeros)  # m
@@ -121,7 +137,7 @@ class Moments:
         self.first += psi.sum(0)
         self.cross += (psi * x.unsqueeze(-1)).sum(0)
         self.powers += torch.stack([x.sum(0), x.square().sum(0)])
-        lo, hi = self.layer.grid.double().unbind(-1)
+        lo, hi = self.ranges.unbind(-1)
         self.outside += ((x < lo) | (x > hi)).sum(0)
         place = ((x - lo) / (hi - lo) + MARGIN) / (1 + 2 * MARGIN)
         place = (place * BINS).clamp(0, BINS - 1).long() + BINS * torch.arange(x.shape[1], device=x.device)
@@ -143,7 +159,7 @@ class Moments:
         # float64 sums cancel to about 1e-14 of the second moment: less than that is no variance but rounding
         covariance = second - mean.unsqueeze(-1) * mean.unsqueeze(1)
         with_x = self.cross / n - x_mean.unsqueeze(-1) * mean
-        c = layer.num_basis
+        c = layer.num_basis if isinstance(layer, KANLinear) else mean.shape[1]
         shape = (layer.in_features, layer.out_features)
         energy, variance, linearity = (torch.empty(shape, device=mean.device) for _ in range(3))
         spline_energy = base_energy = 0.0
@@ -166,6 +182,7 @@ class Moments:
         return EdgeStatistics(
             name=self.name,
             layer=layer,
+            ranges=self.ranges,
             rows=n,
             gated=self.gated,
             energy=energy,
@@ -184,17 +201,19 @@ class EdgeStatistics:
 
     Attributes:
         name, layer: the layer, and its name in the model.
+        ranges: (I, 2), `edge_ranges`.
         rows: tokens seen.  gated: whether a gate multiplied the edges.
         energy: (I, O), E[(gate f)^2]: the mean square of what the edge adds to its output. The importance of an edge.
         variance: (I, O), Var f, without the gate.
         linearity: (I, O), R^2 of the best straight line through f on the text; 1 for constants.
         spline_energy, base_energy: the edges' energies summed, the two terms of each taken alone.
-        outside: (I,), the share of an input's values outside its grid.
+        outside: (I,), the share of an input's values outside its range.
         density: (I, BINS), the share of an input's values in each bin (see BINS, MARGIN).
     """
 
     name: str
-    layer: KANLinear
+    layer: KANLayer
+    ranges: Tensor
     rows: int
     gated: bool
     energy: Tensor
@@ -248,14 +267,14 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
     """Run a model over a text once, without gradient, and measure every KAN layer in it.
 
     Args:
-        model: any module that holds `KANLinear` layers and takes `input_ids`. It is put into eval mode, and back.
+        model: any module that holds KAN layers and takes `input_ids`. It is put into eval mode, and back.
         batches: int64 (batch, sequence) each, moved to the model's device.
     Returns:
         One entry a layer, in the model's order.
     Raises:
         ValueError: for a model without KAN layers, a text without tokens, or values that are not finite.
     """
-    moments = {m: Moments(name, m) for name, m in model.named_modules() if isinstance(m, KANLinear)}
+    moments = {m: Moments(name, m) for name, m in model.named_modules() if isinstance(m, KANLayer)}
     if not moments:
         kind = getattr(getattr(model, "config", None), "ffn_summary", type(model).__name__)
         raise ValueError(
@@ -263,7 +282,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
             "kansformer.prune takes a Kansformer's feed-forward blocks of every kind"
         )
 
-    def count(layer: KANLinear, args: tuple, kwargs: dict) -> None:
+    def count(layer: KANLayer, args: tuple, kwargs: dict) -> None:
         moments[layer].add(args[0], kwargs.get("gate", args[1] if len(args) > 1 else None))
 
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in moments]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kansformer.inspect.edges import CONSTANT, MARGIN, EdgeStatistics, edge_curves
+from kansformer.layers import FourierLinear
 
 STRONGEST, BENT = 8, 4  # edges drawn for each layer, of either kind
 STRONG = 0.1  # the part of the edges, by energy, that the bent ones are chosen from
@@ -80,11 +81,11 @@ def _overview(statistics: Sequence[EdgeStatistics]) -> str:
     for s in statistics:
         cells = [
             f"{s.energy.shape[0]:,} × {s.energy.shape[1]:,}",
-            _percent(s.outside.mean().item()),
+            "no grid" if isinstance(s.layer, FourierLinear) else _percent(s.outside.mean().item()),
             _percent(s.constant().float().mean().item()),
             _percent((s.linearity >= STRAIGHT).float().mean().item()),
             f"{s.linearity.median().item():.2f}",
-            "none" if s.layer.base_weight is None else _percent(s.base_share),
+            "none" if getattr(s.layer, "base_weight", None) is None else _percent(s.base_share),
             _percent(s.carriers(0.5)),
             _percent(s.carriers(0.9)),
         ]
@@ -99,42 +100,52 @@ def _overview(statistics: Sequence[EdgeStatistics]) -> str:
 
 
 def _layer(s: EdgeStatistics, describe: Describe | None) -> str:
-    layer, strongest, bent = s.layer, s.strongest(STRONGEST), s.most_bent(BENT, STRONG)
-    low, high = layer.grid.amin(0)[0].item(), layer.grid.amax(0)[1].item()
-    base = "no base term" if layer.base_weight is None else f"base term {layer.base_activation}"
-    about = (
-        f"{layer.in_features:,} inputs, {layer.out_features:,} outputs, splines of order {layer.spline_order} on "
-        f"{layer.grid_size} intervals of [{_number(low)}, {_number(high)}], {base}"
-        + (", every edge multiplied by its input's gate" if s.gated else "")
-    )
+    strongest, bent = s.strongest(STRONGEST), s.most_bent(BENT, STRONG)
+    if isinstance(s.layer, FourierLinear):
+        where, off_grid = "two periods (between the two upright lines) and a little more", ""
+    else:
+        where = "on its grid (between the two upright lines) and a little beyond; dots: its values at the knots"
+        off_grid = _off_grid(s)
     edges = torch.cat([strongest, bent])
     formulas = [""] * len(edges) if describe is None else describe(s, edges)
     drawn = [_edge(s, e, f) for e, f in zip(edges, formulas)]
     unit = "gate input" if s.gated else "input"
     return f"""<section id="{_anchor(s)}">
 <h2>{_escape(_short(s.name))}</h2>
-<p class="about">{_escape(about)}.</p>
+<p class="about">{_escape(_about(s))}.</p>
 <h3>The strongest edges</h3>
-<p class="note">One for each of the {len(strongest)} strongest inputs. Line: the learned function, on its grid (between
-the two upright lines) and a little beyond; dots: its values at the knots; shaded: where the {unit} lies on this text,
-the outermost bars holding all that lies further out.</p>
+<p class="note">One for each of the {len(strongest)} strongest inputs. Line: the learned function, {where};
+shaded: where the {unit} lies on this text, the outermost bars holding all that lies further out.</p>
 <div class="gallery">{"".join(drawn[: len(strongest)])}</div>
 <h3>The least straight</h3>
 <p class="note">Of the strongest {_percent(STRONG)} of the edges, those that a straight line explains worst.</p>
 <div class="gallery">{"".join(drawn[len(strongest) :])}</div>
-<div class="panels">{_linearity(s)}{_inputs(s)}{_heat(s)}{_off_grid(s)}</div>
+<div class="panels">{_linearity(s)}{_inputs(s)}{_heat(s)}{off_grid}</div>
 {_idle(s)}
 </section>"""
+
+
+def _about(s: EdgeStatistics) -> str:
+    layer = s.layer
+    if isinstance(layer, FourierLinear):
+        functions = f"waves of angular frequency {layer.frequency:g}"
+    else:
+        low, high = layer.grid.amin(0)[0].item(), layer.grid.amax(0)[1].item()
+        base = "no base term" if layer.base_weight is None else f"base term {layer.base_activation}"
+        functions = f"splines of order {layer.spline_order} on {layer.grid_size} intervals of "
+        functions += f"[{_number(low)}, {_number(high)}], {base}"
+    gate = ", every edge multiplied by its input's gate" if s.gated else ""
+    return f"{layer.in_features:,} inputs, {layer.out_features:,} outputs, {functions}{gate}"
 
 
 def _edge(s: EdgeStatistics, edge: Tensor, formula: str) -> str:
     """One learned function over the density of its input."""
     width, height, top, bottom = 220, 150, 8, 16
     i, o = edge.tolist()
-    lo, hi = s.layer.grid[i].double().tolist()
+    lo, hi = s.ranges[i].tolist()
     span = hi - lo
     unit = torch.linspace(-MARGIN, 1 + MARGIN, 181, dtype=torch.float64)
-    knots = torch.linspace(0, 1, s.layer.grid_size + 1, dtype=torch.float64)
+    knots = torch.linspace(0, 1, getattr(s.layer, "grid_size", -1) + 1, dtype=torch.float64)  # none on a wave
     points = lo + span * torch.cat([unit, knots])
     values = edge_curves(s.layer, edge.unsqueeze(0), points.unsqueeze(0).to(edge.device))[0].cpu()
     reach = values.abs().max().item() or 1.0

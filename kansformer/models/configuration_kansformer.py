@@ -210,17 +210,22 @@ class KansformerConfig(PreTrainedConfig):
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Attention, and the feed-forward block where no norm and no copies of its input run across its split width.
 
-        The KAN blocks stay replicated: their rows of `spline_weight` split by input feature, which no stock style does.
+        Blocks of splines stay whole: the rows of `spline_weight` split by input feature, which no stock style does.
         """
         plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
         plan["layers.*.self_attn.o_proj"] = "rowwise"
         if self.qk_norm:  # whole on every rank, each seeing its own heads
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         whole, kinds = self.gate_norm or not self.project_value, set(self.ffn_types)
-        if kinds == {"mlp"} or (kinds == {"swiglu"} and not whole):
-            projections = ("gate_proj", "up_proj") if kinds == {"swiglu"} else ("up_proj",)
-            plan |= {f"layers.*.mlp.{name}": "colwise" for name in projections}
-            plan["layers.*.mlp.down_proj"] = "rowwise"
+        if len(kinds) == 1 and not (whole and kinds == {"swiglu"}):
+            split = {  # by rows, then by columns
+                "mlp": (["up_proj"], ["down_proj"]),
+                "swiglu": (["gate_proj", "up_proj"], ["down_proj"]),
+                "kan_fourier": (["up_proj"], ["down_proj.sin_proj", "down_proj.cos_proj"]),
+            }
+            outward, inward = split.get(*kinds, ([], []))
+            plan |= {f"layers.*.mlp.{name}": "colwise" for name in outward}
+            plan |= {f"layers.*.mlp.{name}": "rowwise" for name in inward}
         return plan
 
     def validate_architecture(self):
