@@ -4,7 +4,7 @@
     python benchmarks/bench_models.py --device cuda --models small_30m 125m 350m 1b --sequence_length 1024
 
 One training step is forward, backward and AdamW; `--compiled` times it under torch.compile too, against a compiled
-SwiGLU. The models of a size (configs/models/: SwiGLU, `kan_gated`, `kan_gated` in the lower half alone) take turns, and
+SwiGLU. The models of a size (configs/models/: SwiGLU, `kan_gated`, `kan_fourier`) take turns, and
 so do the two blocks at every point of the scaling table: there one of width, depth, tokens and G changes and the rest
 stays at the tiny model's, both blocks at equal parameters, the KAN block's time over SwiGLU's beside the time itself.
 Saved for backward counts each storage once and no parameter. Random weights: speed does not depend on them.
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "train"))
 
 from metrics import saved_bytes
 
-KINDS = ("swiglu", "kan_gated", "kan_lower")
+KINDS = ("swiglu", "kan_gated", "kan_fourier")
 SIZES = ("tiny", "small_5m", "small_30m", "125m", "350m", "1b")
 TINY = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 GROWTH = {

@@ -30,10 +30,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kansformer.inspect.loading import load
-from kansformer.layers import FourierLinear, KANLayer, KANLinear
+from kansformer.layers import EdgeLayer, FourierLinear, KANLinear
 from kansformer.prune import Units, choose_units, feed_forward_blocks, mean_loss, measure_units, remove_units
 
-COLOURS = {"kan": "#c2410c", "kan_mix": "#a16207", "kan_gated": "#c2410c", "swiglu": "#1d4ed8", "mlp": "#0f766e"}
+COLOURS = {
+    "kan_fourier": "#7e22ce",
+    "kan": "#c2410c",
+    "kan_mix": "#a16207",
+    "kan_gated": "#c2410c",
+    "swiglu": "#1d4ed8",
+    "mlp": "#0f766e",
+}
 
 
 def main() -> None:
@@ -148,7 +155,7 @@ def criteria(
     return rows
 
 
-def weight_energy(layer: nn.Linear | KANLayer) -> Tensor:
+def weight_energy(layer: nn.Linear | EdgeLayer) -> Tensor:
     """The sum of squares of a unit's outgoing weights, what a criterion without data would take."""
     if isinstance(layer, FourierLinear):
         return sum(weight_energy(waves) for waves in layer.children())
@@ -171,7 +178,7 @@ def single_unit_rises(model: PreTrainedModel, probed: Sequence[Tensor], batches:
             present[h] = 0
 
             def silence(module, args, kwargs, present=present):
-                if isinstance(module, KANLayer):
+                if isinstance(module, EdgeLayer):
                     return args, kwargs | {"gate": present.expand_as(args[0]) * kwargs.get("gate", 1)}
                 return (args[0] * present,), kwargs
 

@@ -119,7 +119,7 @@ class Sine(FeedForward):
     def __init__(self, hidden_size: int, intermediate_size: int, init_gain: float = 1.0, **factory: object) -> None:
         super().__init__()
         like = KANFourier(hidden_size, intermediate_size, self.frequency, math.sqrt(2) * init_gain, **factory)
-        self.up_proj, self.down_proj = like.up_proj, like.sin_proj  # the mean square of a sine of any phase is 1/2
+        self.up_proj, self.down_proj = like.up_proj, like.down_proj.sin_proj  # a sine's mean square is 1/2
         self.phase = nn.Parameter(torch.rand(intermediate_size, **factory) * 2 * math.pi)
         self.elementwise_flops = 3 * intermediate_size
 

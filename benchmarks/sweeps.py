@@ -172,6 +172,7 @@ def draw(results: list[dict], path: Path) -> None:
 
     colours = {"C=4": "#1d4ed8", "C=4, no norm": "#0891b2", "C=8": "#b45309", "C=8, wide": "#15803d"}
     colours |= {"C=8, wide, refined": "#7e22ce", "C=16, wide, refined": "#be185d"}
+    colours |= {"kan_fourier": "#dc2626", "sine MLP": "#9ca3af"}
     rows = [
         (f"{title(result)}: {name.removeprefix('kan_gated ')}", lines)
         for result in results

@@ -280,6 +280,9 @@ class FourierLinear(nn.Module):
 
     Attributes:
         sin_proj, cos_proj: linear layers without bias whose weights (O, I) are a and b.
+
+    Raises:
+        ValueError: for sizes below one, or a frequency that is not positive and finite.
     """
 
     def __init__(
@@ -293,6 +296,8 @@ class FourierLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_features=in_features, out_features=out_features)
+        if not 0 < frequency < math.inf:
+            raise ValueError(f"frequency must be positive and finite, got {frequency}")
         self.in_features, self.out_features, self.frequency = int(in_features), int(out_features), frequency
         self.sin_proj = _linear(in_features, out_features, init_gain, device=device, dtype=dtype)
         self.cos_proj = _linear(in_features, out_features, init_gain, device=device, dtype=dtype)
@@ -309,7 +314,7 @@ class FourierLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, frequency={self.frequency}"
 
 
-KANLayer = KANLinear | FourierLinear  # a function on every edge, (I, O) of them
+EdgeLayer = KANLinear | FourierLinear  # a learned function on each of I * O edges
 
 
 class FeedForward(nn.Module):
@@ -392,7 +397,7 @@ class SwiGLU(FeedForward):
 
 
 class _KANFeedForward(FeedForward):
-    """The options of the three KAN blocks.
+    """The options of the three blocks of splines.
 
     Args:
         grid_size, spline_order, grid_range, base_activation: of the KAN layers.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from kansformer import splines
 from kansformer.inspect.edges import Moments
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import FeedForward, FourierLinear, KANLayer, KANLinear, SwiGLU, observing, refuse_adapters
+from kansformer.layers import EdgeLayer, FeedForward, FourierLinear, KANLinear, SwiGLU, observing, refuse_adapters
 
 CRITERIA = ("taylor", "energy")
 SCOPES = ("uniform", "global")
@@ -113,7 +113,7 @@ class _Probe:
         layer = block.down_proj
         self.normalised = getattr(block, "ffn_norm", False) or getattr(block, "gate_norm", None) is not None
         self.total, self.power = (torch.zeros(layer.in_features, dtype=torch.float64) for _ in range(2))
-        self.moments = Moments("down_proj", layer) if criterion == "energy" and isinstance(layer, KANLayer) else None
+        self.moments = Moments("down_proj", layer) if criterion == "energy" and isinstance(layer, EdgeLayer) else None
         self.presence: Tensor | None = None
 
     def hooks(self) -> list:
@@ -129,7 +129,7 @@ class _Probe:
     def look(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         (x,) = args
         squares = x.detach().double().square().flatten(0, -2).sum(0).cpu()
-        if isinstance(layer, KANLayer):
+        if isinstance(layer, EdgeLayer):
             self.power += squares
         if self.criterion == "energy":
             if self.moments is not None:
@@ -139,7 +139,7 @@ class _Probe:
             return None
         # Ones that multiply what each unit adds: their gradient is u . dL/dy.
         self.presence = torch.ones_like(x).requires_grad_()
-        if not isinstance(layer, KANLayer):
+        if not isinstance(layer, EdgeLayer):
             return (x * self.presence,), kwargs
         gate = kwargs.get("gate")
         return args, kwargs | {"gate": self.presence if gate is None else gate * self.presence}
@@ -248,7 +248,7 @@ def _kept(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.contiguous(), requires_grad=parameter.requires_grad)
 
 
-def _keep_inputs(layer: nn.Linear | KANLayer, keep: Tensor) -> None:
+def _keep_inputs(layer: nn.Linear | EdgeLayer, keep: Tensor) -> None:
     if isinstance(layer, FourierLinear):
         for waves in layer.children():
             _keep_inputs(waves, keep)

@@ -84,7 +84,7 @@ def test_bench_models(tmp_path):
     assert str(result["environment"]["commit"]) in (tmp_path / "models_cpu.md").read_text()
     swiglu, *others = result["models"]
     assert swiglu["ratio"] == 1
-    assert [row["kind"] for row in others] == ["kan_gated", "kan_lower"]
+    assert [row["kind"] for row in others] == ["kan_gated", "kan_fourier"]
     for kan in others:
         assert kan["compiled_ratio"] is swiglu["compiled_ms"] is None
         assert kan["parameters"] == pytest.approx(swiglu["parameters"], rel=0.02)

@@ -33,8 +33,8 @@ def counts(name: str) -> tuple[dict[str, int], dict]:
 def test_models_of_a_size_have_equal_parameters_and_differ_only_in_the_feed_forward(size):
     swiglu, swiglu_fields = counts(f"{size}_swiglu")
     block = {"ffn_type", "intermediate_size", "gate_norm", "ffn_norm"}
-    block |= {"grid_size", "spline_order", "grid_range", "base_activation"}
-    for name in ("kan_gated", "kan_lower"):
+    block |= {"grid_size", "spline_order", "grid_range", "base_activation", "fourier_frequency"}
+    for name in ("kan_gated", "kan_fourier"):
         kan, kan_fields = counts(f"{size}_{name}")
         assert kan["total"] == pytest.approx(swiglu["total"], rel=0.01)
         assert kan["feed_forward"] == pytest.approx(swiglu["feed_forward"], rel=0.02)
@@ -46,19 +46,9 @@ def test_models_of_a_size_have_equal_parameters_and_differ_only_in_the_feed_forw
     assert swiglu_fields["intermediate_size"] > 0
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_lower_half_of_kan_lower_is_that_of_kan_gated_and_the_rest_swiglu(size):
-    (_, kan), (_, lower), (_, swiglu) = (counts(f"{size}_{name}") for name in ("kan_gated", "kan_lower", "swiglu"))
-    layers = lower["num_hidden_layers"]
-    for layer, (kind, width) in enumerate(zip(lower["ffn_type"], lower["intermediate_size"], strict=True)):
-        like = kan if layer < layers // 2 else swiglu
-        assert (kind, width) == (like["ffn_type"], like["intermediate_size"])
-    assert len(lower["ffn_type"]) == layers
-
-
 def test_every_model_file_is_one_of_a_size():
     names = {path.stem for path in (ROOT / "configs/models").glob("*.json")}
-    assert names == {f"{size}_{block}" for size in SIZES for block in ("kan_gated", "kan_lower", "swiglu")}
+    assert names == {f"{size}_{block}" for size in SIZES for block in ("kan_gated", "kan_fourier", "swiglu")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda path: path.stem)
@@ -185,21 +175,24 @@ def test_a_block_that_changes_takes_its_own_width(monkeypatch, tmp_path):
         return settings_module.model_config(Settings(model_overrides=overrides), byte_tokenizer())
 
     sizes = {}
-    for overrides in ({}, {"ffn_type": "swiglu"}, {"ffn_type": "mlp"}, {"grid_size": 2}, {"hidden_size": 64}):
+    splines = {"ffn_type": "kan_gated", "grid_size": 2}
+    for overrides in ({}, {"ffn_type": "swiglu"}, {"ffn_type": "mlp"}, splines, {"hidden_size": 64}):
         model = KansformerForCausalLM(config(**overrides))
         sizes[str(overrides)] = model.parameter_counts()["feed_forward"]
     *same, small = sizes.values()
     assert same == pytest.approx([same[0]] * len(same), rel=0.01)
     assert small == pytest.approx(same[0] / 4, rel=0.05)
-    with pytest.raises(ValueError, match=r"num_hidden_layers = 2 is not the 4 layers .* give --model.ffn_type too"):
-        config(num_hidden_layers=2)
     assert config(ffn_type="mlp", match_reference="mlp").intermediate_size == 4 * 128
-    assert config(num_hidden_layers=6, ffn_type=None).ffn_type == ["kan_gated"] * 3 + ["swiglu"] * 3
     assert config(ffn_type="swiglu", intermediate_size=40).intermediate_size == 40
-    path = tmp_path / "model.json"
-    path.write_text(Path(Settings().model).read_text().replace('"grid_size"', '"grid_sise"'))
-    with pytest.raises(ValueError, match=r"unknown model field 'grid_sise' in .*model.json: did you mean 'grid_size'"):
+    path, text = tmp_path / "model.json", Path(Settings().model).read_text()
+    path.write_text(text.replace('"fourier_frequency"', '"fourier_frequenzy"'))
+    message = r"unknown model field 'fourier_frequenzy' in .*model.json: did you mean 'fourier_frequency'"
+    with pytest.raises(ValueError, match=message):
         settings_module.model_config(Settings(model=str(path)), byte_tokenizer())
+    path.write_text(json.dumps(json.loads(text) | {"ffn_type": ["kan_gated"] * 2 + ["swiglu"] * 2}))
+    few = Settings(model=str(path), model_overrides={"num_hidden_layers": 2})
+    with pytest.raises(ValueError, match=r"num_hidden_layers = 2 is not the 4 layers .* give --model.ffn_type too"):
+        settings_module.model_config(few, byte_tokenizer())
 
 
 def test_models_of_others_and_of_saved_folders(monkeypatch, tmp_path):

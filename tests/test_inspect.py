@@ -18,7 +18,7 @@ from kansformer.inspect import edge_curves, measure, report
 from kansformer.inspect.__main__ import main
 from kansformer.inspect.edges import BINS, MARGIN, Moments
 from kansformer.inspect.formulas import formulas, quantiles
-from kansformer.layers import FourierLinear, KANLayer
+from kansformer.layers import EdgeLayer, FourierLinear
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
@@ -28,7 +28,7 @@ LAYERS = {
 }
 
 
-def layer_and_inputs(name: str, rows: int = 400) -> tuple[KANLayer, torch.Tensor, torch.Tensor]:
+def layer_and_inputs(name: str, rows: int = 400) -> tuple[EdgeLayer, torch.Tensor, torch.Tensor]:
     """A layer with a grid of its own for each input, and inputs and gates, some of them off the grid."""
     scale = torch.rand(5, dtype=torch.float64) + 0.5
     if name == "waves":
@@ -40,7 +40,7 @@ def layer_and_inputs(name: str, rows: int = 400) -> tuple[KANLayer, torch.Tensor
 
 
 @torch.no_grad()
-def every_edge(layer: KANLayer, x: torch.Tensor) -> torch.Tensor:
+def every_edge(layer: EdgeLayer, x: torch.Tensor) -> torch.Tensor:
     """(M, I, O), from the layer itself: a gate that lets one input through."""
     inputs = torch.eye(layer.in_features, dtype=x.dtype)
     return torch.stack([layer(x, gate=row.expand_as(x)) for row in inputs], 1)
@@ -173,7 +173,7 @@ def test_no_tensor_holds_every_edge_of_every_token():
 def test_measure_a_model(ffn_type):
     model, batches = tiny_model(ffn_type).train(), token_batches()
     statistics = measure(model, iter(batches))
-    assert [s.name for s in statistics] == [name for name, m in model.named_modules() if isinstance(m, KANLayer)]
+    assert [s.name for s in statistics] == [name for name, m in model.named_modules() if isinstance(m, EdgeLayer)]
     assert model.training
     seen = []
     s = statistics[-1]

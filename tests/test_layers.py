@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numerics import assert_close
 
-from kansformer.layers import MLP, KANGated, KANLinear, SwiGLU, feed_forward, match_intermediate_size
+from kansformer.layers import MLP, FourierLinear, KANGated, KANLinear, SwiGLU, feed_forward, match_intermediate_size
 
 GRIDS = [(1, 1), (3, 1), (64, 1), (2, 2), (20, 2), (5, 3), (64, 3)]
 KAN_TYPES = ("kan", "kan_mix", "kan_gated")
@@ -263,6 +263,12 @@ def test_every_edge_of_kan_fourier_is_a_wave():
     z = 2 * (x @ block.up_proj.weight.T)
     assert_close(block(x), (height * torch.sin(z.unsqueeze(-2) + phase)).sum(-1), 1e-12)
     assert block.flops_per_token() == 2 * 3 * 3 * 4 + 3 * 4
+    gate = torch.randn(5, 4, dtype=torch.float64)
+    waves = height * torch.sin(z.unsqueeze(-2) + phase)
+    assert_close(block.down_proj(z / 2, gate), (gate.unsqueeze(-2) * waves).sum(-1), 1e-12)
+    for frequency in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="frequency must be positive and finite, got"):
+            FourierLinear(3, 4, frequency)
 
 
 @pytest.mark.parametrize("ffn_type", BLOCKS)

@@ -51,7 +51,10 @@ def _seed():
 
 
 def tiny_config(**fields) -> KansformerConfig:
+    """Splines and waves in turn, unless `ffn_type` says otherwise."""
+    layers = fields.get("num_hidden_layers", 2)
     sizes = {
+        "ffn_type": (["kan_gated", "kan_fourier"] * layers)[:layers],
         "vocab_size": 128,
         "hidden_size": 96,
         "num_hidden_layers": 2,
@@ -207,16 +210,15 @@ def test_a_kind_of_block_for_each_layer(tmp_path):
         tiny_config(ffn_type=["swiglu", "relu"])
 
 
-def test_the_default_has_kan_blocks_in_the_lower_half(tmp_path):
-    for layers, kan in ((1, 1), (2, 1), (3, 2), (4, 2)):
-        config = tiny_config(num_hidden_layers=layers)
-        assert config.ffn_type == ["kan_gated"] * kan + ["swiglu"] * (layers - kan)
+def test_a_list_is_good_for_fewer_layers(tmp_path):
+    """Its first ones, as in every model of transformers; more must be named."""
+    kinds = ["kan_gated"] * 2 + ["swiglu"] * 2
+    config = tiny_config(num_hidden_layers=4, ffn_type=kinds)
     assert config.ffn_summary == "2 x kan_gated, 2 x swiglu"
     assert tiny_config(ffn_type="kan").ffn_summary == "kan"
     whole = KansformerForCausalLM(config)
     whole.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["ffn_type"] == config.ffn_type
-    # Fewer layers than were saved are its first ones, as in every model of transformers; more must be named.
+    assert json.loads((tmp_path / "config.json").read_text())["ffn_type"] == kinds
     lower = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
     assert [type(layer.mlp).__name__ for layer in lower.model.layers] == ["KANGated", "KANGated", "SwiGLU"]
     assert torch.equal(lower.model.layers[2].mlp.up_proj.weight, whole.model.layers[2].mlp.up_proj.weight)
@@ -224,10 +226,17 @@ def test_the_default_has_kan_blocks_in_the_lower_half(tmp_path):
     assert len(KansformerForCausalLM(config).model.layers) == 1
     with pytest.raises(ValueError, match="each of num_hidden_layers=6, or be None"):
         KansformerForCausalLM(AutoConfig.from_pretrained(tmp_path, num_hidden_layers=6))
-    fresh = {"num_hidden_layers": 6, "layer_types": None, "ffn_type": None, "intermediate_size": None}
-    more = KansformerConfig(**config.to_dict() | fresh)
-    assert more.ffn_type == ["kan_gated"] * 3 + ["swiglu"] * 3
-    assert more.intermediate_size == [config.intermediate_size[0]] * 3 + [config.intermediate_size[-1]] * 3
+
+
+def test_every_layer_of_the_default_is_of_waves():
+    assert KansformerConfig().ffn_types == ["kan_fourier"] * 12
+    model = tiny_model(ffn_type="kan_fourier")
+    for change in (lambda: model.update_grid(tokens()), lambda: model.extend_grid(6)):
+        with pytest.raises(ValueError, match="no grids: its blocks are kan_fourier, not of splines"):
+            change()
+    assert model.out_of_grid_fraction(tokens()) == {}
+    with pytest.raises(Exception, match="ffn_type"):
+        tiny_config(ffn_type=None)
 
 
 def test_causal():
@@ -265,7 +274,7 @@ def test_attention_implementations_agree(implementation):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("ffn_type", ["swiglu", "kan", "kan_gated"])
+@pytest.mark.parametrize("ffn_type", ["swiglu", "kan", "kan_gated", "kan_fourier"])
 def test_gradient_checkpointing_changes_nothing(ffn_type, reentrant):
     model = tiny_model(ffn_type=ffn_type, attention_dropout=0.1).train()
 

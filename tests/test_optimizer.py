@@ -84,7 +84,7 @@ def test_groups_know_the_functions_of_a_layer():
 
 
 def test_nothing_moves_where_a_gradient_is_not_finite():
-    model = tiny()
+    model = tiny(ffn_type="kan_gated")
     muon = optimizer.optimizer(model, Settings(optimizer="muon"))
     muon.found_inf = torch.zeros(())
     tokens = torch.randint(64, (4, 16))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kansformer import KANLinear, KansformerConfig, KansformerForCausalLM
-from kansformer.layers import FeedForward, FourierLinear, KANLayer
+from kansformer.layers import EdgeLayer, FeedForward, FourierLinear
 from kansformer.prune import (
     _stretch_inputs,
     choose_units,
@@ -49,7 +49,7 @@ def test_blocks_without_units_to_prune_are_refused():
 
 
 @torch.no_grad()
-def silence(layer: nn.Linear | KANLayer, units: torch.Tensor) -> None:
+def silence(layer: nn.Linear | EdgeLayer, units: torch.Tensor) -> None:
     """Let inputs of a layer add nothing, by zeros."""
     if isinstance(layer, FourierLinear):
         for waves in layer.children():
@@ -184,7 +184,7 @@ def test_taylor_is_the_units_share_of_the_gradient(ffn_type):
         with torch.no_grad():
             for h in range(H):
                 present = torch.zeros(H).index_fill_(0, torch.tensor(h), 1.0).expand_as(x)
-                if isinstance(layer, KANLayer):
+                if isinstance(layer, EdgeLayer):
                     u = type(layer).forward(layer, x, gate=present * options.get("gate", 1))
                 else:
                     u = nn.functional.linear(x * present, layer.weight)
@@ -207,7 +207,7 @@ def test_energy_is_the_units_mean_square(ffn_type):
             for x, options in seen:
                 for h in range(H):
                     present = torch.zeros(H).index_fill_(0, torch.tensor(h), 1.0).expand_as(x)
-                    if isinstance(layer, KANLayer):
+                    if isinstance(layer, EdgeLayer):
                         u = layer(x, gate=present * options.get("gate", 1))
                     else:
                         u = layer(x * present)

@@ -308,7 +308,7 @@ def test_settings_that_cannot_work_are_refused():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("tiny_kan_gated", "below the model's grid_size, which is 3"), ("tiny_swiglu", "needs a KAN")],
+    [("tiny_kan_gated", "below the model's grid_size, which is 3"), ("tiny_swiglu", "needs a block of splines")],
 )
 def test_coarse_grids_that_are_no_coarser_are_refused(workplace, tmp_path, model, message):
     with pytest.raises(ValueError, match=message):
@@ -497,10 +497,10 @@ def test_demo(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}")
     results = json.loads((tmp_path / "demo/table.json").read_text())
-    assert results["kan_lower"]["parameters"] == pytest.approx(results["swiglu"]["parameters"], rel=0.01)
+    assert results["kan_fourier"]["parameters"] == pytest.approx(results["swiglu"]["parameters"], rel=0.01)
     for column in ("feed-forward parameters", "bits per byte", "tokens/s", "peak memory (MB)"):
         assert column in printed
-    for picture in ("loss.png", "edges_kan_lower.png"):
+    for picture in ("loss.png", "edges_kan_fourier.png"):
         assert (tmp_path / "demo" / picture).stat().st_size > 20_000
 
 

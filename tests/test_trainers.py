@@ -38,7 +38,10 @@ def losses(folder) -> dict[int, float]:
 def test_trainer_trains_saves_and_resumes(text, tmp_path):
     def run(output, *more):
         lengths = ["--text", str(text), "--sequence_length", "64", "--save_steps", "2", "--max_steps", "4"]
-        return hf_trainer.main(["--output_dir", str(output), *COMMON, *lengths, "--learning_rate", "1e-2", *more])
+        splines = ["--model", str(ROOT / "configs/models/tiny_kan_gated.json")]  # with buffers
+        return hf_trainer.main(
+            ["--output_dir", str(output), *COMMON, *splines, *lengths, "--learning_rate", "1e-2", *more]
+        )
 
     figures = run(tmp_path / "straight")
     assert figures["eval_loss"] < 5.7  # log(320) = 5.77

@@ -1,8 +1,7 @@
 """The demonstration: a KAN transformer learns Shakespeare beside a SwiGLU transformer of equal size.
 
-    python train/demo.py [--models kan_lower swiglu] [--steps N] [--output_dir runs/demo]
+    python train/demo.py [--models kan_fourier swiglu] [--steps N] [--output_dir runs/demo]
 
-kan_lower has KAN blocks in the lower half of its layers, kan_gated in all of them.
 Each model is trained by `train.py` in a process of its own (so that peak memory is its own), on the same text in the
 same order, from the same seed; then loaded as any Hugging Face model, asked for a sample, and drawn.
 """
@@ -28,11 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import kansformer  # registers the model with the Auto classes
 from kansformer.inspect.edges import BINS, MARGIN, edge_curves, measure
-from kansformer.layers import KANLayer
+from kansformer.layers import EdgeLayer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS = REPOSITORY / "configs/train/demo.yaml"
-COLOURS = {"kan_lower": "#c2410c", "kan_gated": "#a16207", "swiglu": "#1d4ed8"}  # and the models there are
+COLOURS = {"kan_fourier": "#c2410c", "kan_gated": "#a16207", "swiglu": "#1d4ed8"}  # and the models there are
 PROMPT = "ROMEO:\n"
 EDGES = 5  # drawn as EDGES x EDGES
 INK, FAINT = "#1f2937", "#9ca3af"
@@ -51,7 +50,7 @@ STYLE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=COLOURS, default=["kan_lower", "swiglu"])
+    parser.add_argument("--models", nargs="+", choices=COLOURS, default=["kan_fourier", "swiglu"])
     parser.add_argument("--steps", type=int, help="steps a model, in place of the settings file's")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     arguments = parser.parse_args()
@@ -156,7 +155,7 @@ def draw_edges(output: Path, name: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     set_seed(0)  # the settings' seed: the model as it was before training
     before = AutoModelForCausalLM.from_config(model.config)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, KANLayer)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, EdgeLayer)}
     place, layer = list(layers.items())[-1]
     index = int(place.removeprefix("model.layers.").split(".")[0])
     seen = measure(model, held_out(AutoTokenizer.from_pretrained(folder / "model")))[-1]

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Example:
-    model: str = str(HERE.parent / "configs/models/tiny_kan_lower.json")  # or a saved model to go on from
+    model: str = str(HERE.parent / "configs/models/tiny_kan_fourier.json")  # or a saved model to go on from
     text: str = str(HERE / "tinyshakespeare.txt")
     tokenizer: str = "byte"  # or a tokenizer folder or name
     sequence_length: int = 256

@@ -29,7 +29,7 @@ from kansformer import FFN_TYPES
 @dataclass
 class Settings:
     # what is trained, on what
-    model: str = "configs/models/tiny_kan_lower.json"  # a json that AutoConfig reads, or a saved model to start from
+    model: str = "configs/models/tiny_kan_fourier.json"  # a json that AutoConfig reads, or a saved model to start from
     model_overrides: dict = field(default_factory=dict)  # its fields to change; --model.hidden_size 256
     data: str = "tinyshakespeare"  # bundled text, a file or folder of .txt/.md/.jsonl[.bz2|.gz], or hub:NAME[:CONFIG]
     text_column: str = "text"  # the text's field in .jsonl files and hub datasets
@@ -235,8 +235,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
             "model.num_hidden_layers",
             layers,
             layers == len(kinds),
-            f"is not the {len(kinds)} layers that {path} has blocks for: give --model.ffn_type too, null for "
-            "KAN blocks in the lower half",
+            f"is not the {len(kinds)} layers that {path} has blocks for: give --model.ffn_type too",
         )
     if kind == "kansformer" and BLOCK_FIELDS & set(settings.model_overrides):
         fields.pop("intermediate_size", None)
@@ -255,7 +254,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Pret
     if settings.coarse_grids:
         splines = any("grid_size" in FFN_TYPES[kind].fields for kind in getattr(config, "ffn_types", ()))
         size = config.grid_size if splines else 0
-        rule = f"must end below the model's grid_size, which is {size}" if size else "needs a KAN block"
+        rule = f"must end below the model's grid_size, which is {size}" if size else "needs a block of splines"
         _check("coarse_grids", settings.coarse_grids, settings.coarse_grids[-1][1] < size, rule)
     return config
 

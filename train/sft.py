@@ -1,7 +1,7 @@
 """The model under TRL's `SFTTrainer`: conversations, loss on the answers only.
 
     python train/sft.py --output_dir runs/sft --max_steps 200 --learning_rate 1e-3
-    python train/sft.py --output_dir runs/sft --base runs/demo/kan_lower/model --max_steps 200
+    python train/sft.py --output_dir runs/sft --base runs/demo/kan_fourier/model --max_steps 200
 
 The conversations are in the bundled text: a speech asks and the next one answers. `--help` lists TRL's arguments.
 """
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 @dataclass
 class Example:
     base: str | None = None  # a trained model's folder; none: one from scratch
-    model: str = str(HERE.parent / "configs/models/tiny_kan_lower.json")  # the configuration of one from scratch
+    model: str = str(HERE.parent / "configs/models/tiny_kan_fourier.json")  # the configuration of one from scratch
     text: str = str(HERE / "tinyshakespeare.txt")  # speeches with empty lines between
     conversations: int = 2000
 

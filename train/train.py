@@ -1,6 +1,6 @@
 """Train a causal language model: one yaml a run, any number of processes, killed and resumed at will.
 
-    python train/train.py configs/train/demo.yaml --learning_rate 1e-3 --model.grid_size 7
+    python train/train.py configs/train/demo.yaml --model.ffn_type kan_gated --model.grid_size 5
     torchrun --nproc_per_node 2 train/train.py configs/train/demo.yaml --device cpu
     accelerate launch --config_file configs/accelerate/fsdp2.yaml train/train.py configs/train/125m.yaml
 
@@ -145,7 +145,7 @@ class Run:
                 self.resumed, dtype=torch.float32, output_loading_info=True
             )
             assert not loading["missing_keys"], f"{self.resumed} lacks {loading['missing_keys']}"
-        if settings.grid_update_steps and not any(True for _ in getattr(model, "kan_layers", tuple)()):
+        if settings.grid_update_steps and not any(getattr(model, "kan_layers", tuple)()):
             raise ValueError(f"grid_update_steps = {settings.grid_update_steps}, but {settings.model} has no grids")
         refined = ()
         if settings.coarse_grids and model.config.grid_size != self.grid_size():
@@ -380,8 +380,8 @@ class Run:
         return figures
 
     def out_of_grid(self) -> dict[str, float]:
-        """The share of each KAN layer's inputs outside its grid, on the first batch of the validation text."""
-        if not hasattr(self.bare_model, "out_of_grid_fraction"):
+        """The share of the inputs of each layer of splines outside its grid, on the validation text's first batch."""
+        if not any(getattr(self.bare_model, "kan_layers", tuple)()):
             return {}
         batch = self.micro_batches(self.val_batches, 0)
         shares = [self.bare_model.out_of_grid_fraction(input_ids=inputs) for inputs, _ in batch]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from kansformer import splines
 from kansformer.kernels.torch_kan import activation
-from kansformer.layers import FourierLinear, KANLayer, KANLinear, observing
+from kansformer.layers import EdgeLayer, FourierLinear, KANLinear, observing
 
 # Input densities are counted in BINS bins on the range and MARGIN of its width on either side; the outermost bins hold
 # what lies further out.
@@ -39,7 +39,7 @@ CONSTANT = 0.01
 CHUNK = 2**22
 
 
-def edge_ranges(layer: KANLayer) -> Tensor:
+def edge_ranges(layer: EdgeLayer) -> Tensor:
     """Where each input's functions are drawn: float64 (I, 2), the grid, or two periods of a wave around 0."""
     if isinstance(layer, KANLinear):
         return layer.grid.double()
@@ -48,7 +48,7 @@ def edge_ranges(layer: KANLayer) -> Tensor:
     return bounds.expand(layer.in_features, 2)
 
 
-def edge_basis(layer: KANLayer, x: Tensor, inputs: slice | Tensor = slice(None)) -> Tensor:
+def edge_basis(layer: EdgeLayer, x: Tensor, inputs: slice | Tensor = slice(None)) -> Tensor:
     """psi(x), the functions that every edge of an input is a combination of.
 
     Args:
@@ -64,7 +64,7 @@ def edge_basis(layer: KANLayer, x: Tensor, inputs: slice | Tensor = slice(None))
     return psi if constant else torch.cat([psi, activation(x, layer.base_activation).unsqueeze(-1)], -1)
 
 
-def edge_weights(layer: KANLayer, inputs: slice | Tensor = slice(None)) -> Tensor:
+def edge_weights(layer: EdgeLayer, inputs: slice | Tensor = slice(None)) -> Tensor:
     """w, the coefficients of psi: float64 (I, P, O), or those of some inputs."""
     if isinstance(layer, FourierLinear):
         waves = (layer.sin_proj.weight, layer.cos_proj.weight)
@@ -76,7 +76,7 @@ def edge_weights(layer: KANLayer, inputs: slice | Tensor = slice(None)) -> Tenso
 
 
 @torch.no_grad()
-def edge_curves(layer: KANLayer, edges: Tensor, points: Tensor) -> Tensor:
+def edge_curves(layer: EdgeLayer, edges: Tensor, points: Tensor) -> Tensor:
     """The functions of some edges, without their gates.
 
     Args:
@@ -93,7 +93,7 @@ def edge_curves(layer: KANLayer, edges: Tensor, points: Tensor) -> Tensor:
 class Moments:
     """Sums over the rows that a KAN layer has seen; `statistics()` makes them into what is known of its edges."""
 
-    def __init__(self, name: str, layer: KANLayer) -> None:
+    def __init__(self, name: str, layer: EdgeLayer) -> None:
         self.name, self.layer, self.rows, self.gated = name, layer, 0, False
         self.ranges = edge_ranges(layer)
         inputs, functions = layer.in_features, edge_weights(layer, slice(1)).shape[1]
@@ -206,13 +206,13 @@ class EdgeStatistics:
         energy: (I, O), E[(gate f)^2]: the mean square of what the edge adds to its output. The importance of an edge.
         variance: (I, O), Var f, without the gate.
         linearity: (I, O), R^2 of the best straight line through f on the text; 1 for constants.
-        spline_energy, base_energy: the edges' energies summed, the two terms of each taken alone.
+        spline_energy, base_energy: the edges' energies summed, the two terms of each taken alone (waves are no base).
         outside: (I,), the share of an input's values outside its range.
         density: (I, BINS), the share of an input's values in each bin (see BINS, MARGIN).
     """
 
     name: str
-    layer: KANLayer
+    layer: EdgeLayer
     ranges: Tensor
     rows: int
     gated: bool
@@ -274,7 +274,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
     Raises:
         ValueError: for a model without KAN layers, a text without tokens, or values that are not finite.
     """
-    moments = {m: Moments(name, m) for name, m in model.named_modules() if isinstance(m, KANLayer)}
+    moments = {m: Moments(name, m) for name, m in model.named_modules() if isinstance(m, EdgeLayer)}
     if not moments:
         kind = getattr(getattr(model, "config", None), "ffn_summary", type(model).__name__)
         raise ValueError(
@@ -282,7 +282,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[EdgeStatistics]
             "kansformer.prune takes a Kansformer's feed-forward blocks of every kind"
         )
 
-    def count(layer: KANLayer, args: tuple, kwargs: dict) -> None:
+    def count(layer: EdgeLayer, args: tuple, kwargs: dict) -> None:
         moments[layer].add(args[0], kwargs.get("gate", args[1] if len(args) > 1 else None))
 
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in moments]

@@ -55,18 +55,17 @@ class KansformerConfig(PreTrainedConfig):
         use_cache: return the key-value cache.
         initializer_range: standard deviation of every linear layer and embedding, as in Llama. None (the default):
             1/sqrt(fan_in) for linear layers, divided by sqrt(2 * num_hidden_layers) where they write into the
-            residual stream; 1 for embeddings, or 1/sqrt(hidden_size) where they are tied. KAN layers have their own
-            in either case, derived in `kansformer.layers.KANLinear`.
+            residual stream; 1 for embeddings, or 1/sqrt(hidden_size) where they are tied. Layers of splines have their
+            own in either case, derived in `kansformer.layers.KANLinear`.
         ffn_type: "mlp", "swiglu", "kan", "kan_mix", "kan_gated" or "kan_fourier"; `kansformer.layers` has their
-            formulas. Or a list of one for each layer. None (the default): "kan_gated" in the lower half of the layers
-            (the middle one too) and "swiglu" above, written back as that list. Lists are good for fewer layers than
-            they name, the first ones, as a saved model's first layers are.
-        grid_size: G, intervals of the spline grid (KAN blocks).
-        spline_order: k, degree of the splines, 1 to 3 (KAN blocks).
-        grid_range: (lo, hi) that the grid covers, in units of the normalised input (KAN blocks).
-        base_activation: activation of the base term of each edge, or None for no base term (KAN blocks); one of
+            formulas. Or a list of one for each layer; it is good for fewer layers than it names, the first ones, as
+            a saved model's first layers are.
+        grid_size: G, intervals of the spline grid (blocks of splines).
+        spline_order: k, degree of the splines, 1 to 3 (blocks of splines).
+        grid_range: (lo, hi) that the grid covers, in units of the normalised input (blocks of splines).
+        base_activation: activation of the base term of each edge, or None for no base term (blocks of splines); one of
             `kansformer.functional.BASE_ACTIVATIONS`.
-        ffn_norm: an RMSNorm without gain on what enters the block's last KAN layer (KAN blocks).
+        ffn_norm: an RMSNorm without gain on what enters the block's last KAN layer (blocks of splines).
         fourier_frequency: angular frequency of the waves of "kan_fourier", for inputs of unit variance at the start.
         hidden_act: the activation of "mlp", of the same list.
         gate_norm: an RMSNorm on the gate of "swiglu".
@@ -82,7 +81,7 @@ class KansformerConfig(PreTrainedConfig):
     >>> from kansformer import KansformerConfig, KansformerForCausalLM
     >>> config = KansformerConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
     >>> config.ffn_type
-    ['kan_gated', 'kan_gated', 'swiglu', 'swiglu']
+    'kan_fourier'
     >>> model = KansformerForCausalLM(config)
     ```
     """
@@ -121,7 +120,7 @@ class KansformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     use_cache: bool = True
     initializer_range: float | int | None = None
-    ffn_type: str | list[str] | None = None
+    ffn_type: str | list[str] = "kan_fourier"
     grid_size: int = 3
     spline_order: int = 1
     grid_range: list[float | int] | tuple[float | int, ...] = (-2.0, 2.0)
@@ -148,9 +147,6 @@ class KansformerConfig(PreTrainedConfig):
         for field in ("ffn_type", "intermediate_size"):  # the first layers of a saved model are as they were
             if isinstance(values := getattr(self, field), list):
                 setattr(self, field, values[: self.num_hidden_layers])
-        if self.ffn_type is None:
-            upper = self.num_hidden_layers // 2
-            self.ffn_type = ["kan_gated"] * (self.num_hidden_layers - upper) + ["swiglu"] * upper
         self.grid_range = tuple(float(bound) for bound in self.grid_range)
         # Before anything is derived from the fields, and as plain ValueErrors: @strict wraps those it raises itself.
         self.validate_architecture()
@@ -282,7 +278,7 @@ class KansformerConfig(PreTrainedConfig):
                 _require(in_range, field, value, f"must lie in [0, vocab_size={self.vocab_size})")
 
         known = set(self.ffn_types) <= set(FFN_TYPES) and len(self.ffn_types) == layers
-        rule = f"must be one of {sorted(FFN_TYPES)}, a list of one for each of the {layers} layers, or None"
+        rule = f"must be one of {sorted(FFN_TYPES)}, or a list of one for each of the {layers} layers"
         _require(known, "ffn_type", self.ffn_type, rule)
         _require(
             self.match_ffn in ("params", "flops", None),

@@ -9,7 +9,7 @@ nothing else. A decoder layer is
 
 Initialisation keeps the variance of the residual stream bounded: embeddings draw from N(0, 1) (tied ones from
 N(0, 1/hidden_size)), linear layers from N(0, 1/fan_in), those that write into the residual stream from
-N(0, 1/(2 L fan_in)) for L layers, and KAN layers follow `KANLinear`.
+N(0, 1/(2 L fan_in)) for L layers, and layers of splines follow `KANLinear`.
 """
 
 import os
@@ -192,21 +192,23 @@ class KansformerPreTrainedModel(PreTrainedModel):
         return (6 if training else 2) * (weights + attention)
 
     def kan_layers(self) -> Iterator[tuple[str, KANLinear]]:
-        """Every `KANLinear` of the model with its name."""
+        """Every `KANLinear`, the layer of splines, of the model with its name."""
         return ((name, module) for name, module in self.named_modules() if isinstance(module, KANLinear))
 
     def extend_grid(self, grid_size: int) -> None:
-        """Refine every KAN layer to `grid_size` intervals without changing its function; see `KANLinear.extend_grid`.
+        """Refine every layer of splines to `grid_size` intervals, the same functions; see `KANLinear.extend_grid`.
 
         The parameters are replaced: make a new optimizer afterwards. ValueError where an adapter holds coefficients.
         """
         refuse_adapters(self, "spline_weight")
-        layers = [layer for _, layer in self.kan_layers()]
-        if not layers:
-            raise ValueError(f"the model has no grids: its blocks are {self.config.ffn_summary}")
-        for layer in layers:
+        self._require_grids()
+        for _, layer in self.kan_layers():
             layer.extend_grid(grid_size)
         self.config.grid_size = grid_size
+
+    def _require_grids(self) -> None:
+        if not any(self.kan_layers()):
+            raise ValueError(f"the model has no grids: its blocks are {self.config.ffn_summary}, not of splines")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As everywhere in transformers; ValueError where a layer has not the `grid_size` of the configuration."""
@@ -219,7 +221,7 @@ class KansformerPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
     def out_of_grid_fraction(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """The share of each KAN layer's inputs that fall outside its grid, where no spline learns.
+        """The share of the inputs of each layer of splines that fall outside its grid, where no spline learns.
 
         Runs one forward pass without gradient.
 
@@ -227,7 +229,7 @@ class KansformerPreTrainedModel(PreTrainedModel):
             *args, **kwargs: passed to the model, such as `input_ids` and `attention_mask`.
 
         Returns:
-            One scalar tensor for each KAN layer, by the layer's name; empty where the model has none.
+            One scalar tensor for each such layer, by the layer's name; empty where the model has none.
         """
         fractions = {}
 
@@ -238,7 +240,7 @@ class KansformerPreTrainedModel(PreTrainedModel):
         return fractions
 
     def update_grid(self, *args, spread: float = 4.0, **kwargs) -> None:
-        """Fit every KAN layer's grid to the inputs it gets on one batch; see `KANLinear.update_grid`.
+        """Fit the grid of every layer of splines to its inputs on one batch; see `KANLinear.update_grid`.
 
         Runs one forward pass without gradient, in which each layer is refitted before the next one sees its output.
         Across processes all of them must call this; the ranges are reduced, so all get the same.
@@ -247,14 +249,16 @@ class KansformerPreTrainedModel(PreTrainedModel):
             *args, **kwargs: passed to the model, such as `input_ids`. Padding counts like any other token.
             spread: standard deviations that a grid reaches on either side of the mean.
         Raises:
-            ValueError: if an adapter holds the coefficients of a layer, or for samples that make no grid.
+            ValueError: if the model has no grids, an adapter holds the coefficients of a layer, or for samples that
+                make no grid.
         """
         refuse_adapters(self, "spline_weight")
+        self._require_grids()
         self.visit_kan_inputs(lambda name, layer, x: layer.update_grid(x, spread), *args, **kwargs)
 
     @torch.no_grad()
     def visit_kan_inputs(self, visit: Callable[[str, KANLinear, torch.Tensor], None], *args, **kwargs) -> None:
-        """Run the model once, without dropout, and call `visit` with the name, layer and input of each KAN layer."""
+        """Run the model once, without dropout: `visit` gets name, layer and input of every layer of splines."""
         hooks = [
             layer.register_forward_pre_hook(lambda layer, inputs, name=name: visit(name, layer, inputs[0]))
             for name, layer in self.kan_layers()
