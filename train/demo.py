@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import kansformer  # registers the model with the Auto classes
 from kansformer.inspect.edges import BINS, MARGIN, edge_curves, measure
-from kansformer.layers import EdgeLayer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS = REPOSITORY / "configs/train/demo.yaml"
@@ -155,15 +154,13 @@ def draw_edges(output: Path, name: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     set_seed(0)  # the settings' seed: the model as it was before training
     before = AutoModelForCausalLM.from_config(model.config)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, EdgeLayer)}
-    place, layer = list(layers.items())[-1]
-    index = int(place.removeprefix("model.layers.").split(".")[0])
     seen = measure(model, held_out(AutoTokenizer.from_pretrained(folder / "model")))[-1]
+    layer, initial, index = seen.layer, before.get_submodule(seen.name), seen.name.split(".")[2]
     edges = seen.strongest(EDGES**2)  # one for each input and each output: more to see
 
     lo, hi = seen.ranges[0].tolist()
     x = torch.linspace(lo, hi, 241).double()
-    curves, start = (edge_curves(m, edges, x.expand(len(edges), -1)) for m in (layer, before.get_submodule(place)))
+    curves, start = (edge_curves(m, edges, x.expand(len(edges), -1)) for m in (layer, initial))
     knots = torch.linspace(lo, hi, getattr(layer, "grid_size", -1) + 1).double()  # none on a wave
     at_knots = edge_curves(layer, edges, knots.expand(len(edges), -1))
     bins = torch.linspace(lo - MARGIN * (hi - lo), hi + MARGIN * (hi - lo), BINS + 1)

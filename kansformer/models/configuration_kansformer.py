@@ -214,7 +214,7 @@ class KansformerConfig(PreTrainedConfig):
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         whole, kinds = self.gate_norm or not self.project_value, set(self.ffn_types)
         if len(kinds) == 1 and not (whole and kinds == {"swiglu"}):
-            split = {  # by rows, then by columns
+            split = {  # projections whose outputs are split, then those whose inputs are
                 "mlp": (["up_proj"], ["down_proj"]),
                 "swiglu": (["gate_proj", "up_proj"], ["down_proj"]),
                 "kan_fourier": (["up_proj"], ["down_proj.sin_proj", "down_proj.cos_proj"]),
