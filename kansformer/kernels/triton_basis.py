@@ -77,19 +77,54 @@ def spline(s, ORDER: tl.constexpr):
 
 
 @triton.jit
-def spline_derivative(s, ORDER: tl.constexpr):
-    """M_k'(s)."""
-    r = tl.abs(s)
-    if ORDER == 1:
-        slope = tl.where(s < 0, 1.0, -1.0)
-        return tl.where((s < -1) | (s >= 1), 0.0, tl.where(s == s, slope, s))
-    elif ORDER == 2:
-        slope = 3 * positive(0.5 - r) - positive(1.5 - r)
+def live_interval(t, GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, CLAMPED: tl.constexpr):
+    """(j, u): the k + 1 functions that are not zero at t = (x - lo)/h are j to j + k, and t is u in [0, 1] past knot j.
+
+    CLAMPED takes the grid's closest point for t. Else j goes on beyond the grid, where there is no function below 0 and
+    from G + k on, until none is left.
+    """
+    if CLAMPED:
+        t = clamped(t, GRID_SIZE)
+        last = GRID_SIZE - 1.0
     else:
-        a = positive(2 - r)
-        b = positive(1 - r)
-        slope = 2 * (b * b) - 0.5 * (a * a)
-    return tl.where(s < 0, -slope, slope)
+        last = GRID_SIZE + ORDER * 1.0
+        t = tl.minimum(t, last, propagate_nan=tl.PropagateNan.ALL)
+        t = tl.maximum(t, -1.0 - ORDER, propagate_nan=tl.PropagateNan.ALL)
+    j = tl.floor(tl.minimum(tl.where(t == t, t, 0.0), last))
+    return j.to(tl.int32), t - j
+
+
+@triton.jit
+def live_spline(u, r: tl.constexpr, ORDER: tl.constexpr):
+    """The r-th of the k + 1 functions of an interval: M_k as a polynomial, here without a clamp."""
+    if ORDER == 1:
+        return 1 - u if r == 0 else u
+    elif ORDER == 2:
+        v = 1 - u if r == 0 else u
+        return 0.5 + u * (1 - u) if r == 1 else 0.5 * (v * v)
+    elif r == 0 or r == 3:
+        v = 1 - u if r == 0 else u
+        return (v * v) * (v * (1 / 6))
+    else:
+        v = u if r == 1 else 1 - u
+        return 2 / 3 - (v * v) * (1 - 0.5 * v)
+
+
+@triton.jit
+def live_slope(u, r: tl.constexpr, ORDER: tl.constexpr):
+    """Its derivative with respect to u. NaN in u stays NaN in one of them at least."""
+    if ORDER == 1:
+        return 0 * u - 1 if r == 0 else tl.full(u.shape, 1.0, tl.float32)
+    elif ORDER == 2:
+        return u - 1 if r == 0 else 1 - 2 * u if r == 1 else u
+    elif r == 0:
+        return -0.5 * ((1 - u) * (1 - u))
+    elif r == 1:
+        return u * (1.5 * u - 2)
+    elif r == 2:
+        return (1 - u) * (0.5 + 1.5 * u)
+    else:
+        return 0.5 * (u * u)
 
 
 @triton.jit

@@ -36,107 +36,110 @@ from kansformer.kernels.triton_basis import (
     activation_derivative,
     ceil_div,
     clamped,
-    first_live,
     grid_scale,
+    live_interval,
+    live_slope,
+    live_spline,
     power_of_2,
     ranges,
     spline,
-    spline_derivative,
 )
 from kansformer.kernels.triton_decode import decode, use_decode
 
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
-# Rows, columns of Phi and warps of a program's tile, measured on an H200 (benchmarks/results/LOG.md). With a norm a
-# program goes along whole rows tile by tile.
-PHI, PHI_NORM, FOLD = (4, 1024, 4), (1, 2048, 4), (1, 1024, 4)
+# Rows (one with a norm) and warps of a program, measured on an H200 (benchmarks/results/LOG.md).
+PHI, PHI_NORM, FOLD, FOLD_NORM = (8, 2), (1, 4), (8, 2), (1, 4)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows"])
 def _phi_kernel(
     phi_ptr, base_ptr, x_ptr, gate_ptr, grid_ptr,
-    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps, rows,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Phi of 16 bits in whole words, C = 4, 8 or 16: the k + 1 live functions, shifted to their places among zeros.
 
-    With a norm a program has whole rows, else one tile. With a base term gate * act(x) goes to base_ptr (M, I).
+    With a norm a program goes along a row, BLOCK_I inputs a step; without one down `rows` rows, BLOCK_I inputs of each.
+    With a base term gate * act(x) goes to base_ptr (M, I).
     """
     WORDS: tl.constexpr = (GRID_SIZE + ORDER) // 4
-    tiles = 1 if HAS_NORM else tl.cdiv(I, BLOCK_I)
-    first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
-    first_i = tl.program_id(0) % tiles * BLOCK_I
-    offs_m = tl.arange(0, BLOCK_M)
-    words_ptr = phi_ptr.to(tl.pointer_type(tl.uint64)) + first_m * I * WORDS
-    scale = 1.0
-    if HAS_NORM:
-        scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, 4 * BLOCK_I)
-    for start in range(first_i, I if HAS_NORM else first_i + BLOCK_I, BLOCK_I):
-        offs_i = start + tl.arange(0, BLOCK_I)
-        offs = offs_m[:, None] * I + offs_i[None, :]
-        inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
-        t, _ = _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        if not HAS_BASE:
-            t = clamped(t, GRID_SIZE)
-        gate = tl.full(x.shape, 1.0, tl.float32)
-        if HAS_GATE:
-            gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
-        live = first_live(t, GRID_SIZE)
+    m, offs_i, steps = _program(M, I, rows, HAS_NORM, BLOCK_I)
+    words_ptr = phi_ptr.to(tl.pointer_type(tl.uint64)) + m * I * WORDS
+    base_ptr += m * I
+    x_ptr += m * stride_xm
+    gate_ptr += m * stride_gm
+    scale = _inverse_rms(x_ptr, I, stride_xi, eps, 4 * BLOCK_I) if HAS_NORM else 1.0
+    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    for _ in range(steps):
+        inside = offs_i < I
+        x = _load(x_ptr, offs_i, stride_xi, inside) * scale
+        live, u = live_interval((x - lo) * inverse_width, GRID_SIZE, ORDER, not HAS_BASE)
+        gate = _load(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
         functions = tl.zeros(x.shape, tl.uint64)
         for r in tl.static_range(ORDER + 1):
-            functions |= _lane(gate * spline(t - live - (1 - ORDER) / 2 - r, ORDER), r, phi_ptr.dtype.element_ty)
-        _store_words(_words(words_ptr, offs, WORDS), functions, live.to(tl.int32), inside, WORDS)
+            functions |= _lane(live_spline(u, r, ORDER) * gate, r, phi_ptr.dtype.element_ty)
+        _store_words(_words(words_ptr, offs_i, WORDS), functions, live, inside, WORDS, HAS_BASE)
         if HAS_BASE:
-            base = (gate * activation(x, ACTIVATION)).to(base_ptr.dtype.element_ty)
-            tl.store(base_ptr + first_m * I + offs, base, mask=inside)
+            base = activation(x, ACTIVATION) * gate
+            tl.store(base_ptr + offs_i, base.to(base_ptr.dtype.element_ty), mask=inside)
+        if HAS_NORM:
+            offs_i += BLOCK_I
+            lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        else:
+            words_ptr += I * WORDS
+            base_ptr += I
+            x_ptr += stride_xm
+            gate_ptr += stride_gm
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows"])
 def _phi_flat_kernel(
     phi_ptr, base_ptr, x_ptr, gate_ptr, grid_ptr,
-    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps, rows,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Phi for any C, columns n = i*C + c: wide stores, though every element reads its x."""
     C: tl.constexpr = GRID_SIZE + ORDER
-    tiles = 1 if HAS_NORM else tl.cdiv(I * C, BLOCK_N)
-    first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
-    first_n = tl.program_id(0) % tiles * BLOCK_N
-    offs_m = tl.arange(0, BLOCK_M)
-    scale = 1.0
-    if HAS_NORM:
-        scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, BLOCK_N)
-    for start in range(first_n, I * C if HAS_NORM else first_n + BLOCK_N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+    m, offs_n, steps = _program(M, I * C, rows, HAS_NORM, BLOCK_N)
+    phi_ptr += m * I * C
+    base_ptr += m * I
+    x_ptr += m * stride_xm
+    gate_ptr += m * stride_gm
+    scale = _inverse_rms(x_ptr, I, stride_xi, eps, BLOCK_N) if HAS_NORM else 1.0
+    for _ in range(steps):
         offs_i = offs_n // C
-        inside = (offs_m < M - first_m)[:, None] & (offs_n < I * C)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
-        t, _ = _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        inside = offs_n < I * C
+        lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        x = _load(x_ptr, offs_i, stride_xi, inside) * scale
+        t = (x - lo) * inverse_width
         if not HAS_BASE:
             t = clamped(t, GRID_SIZE)
-        phi = spline(t - (1 - ORDER) / 2 - (offs_n % C)[None, :], ORDER)
-        gate = tl.full(x.shape, 1.0, tl.float32)
-        if HAS_GATE:
-            gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
-        offs = offs_m[:, None] * (I * C) + offs_n[None, :]
-        tl.store(phi_ptr + first_m * I * C + offs, (gate * phi).to(phi_ptr.dtype.element_ty), mask=inside)
+        gate = _load(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+        phi = spline(t - (1 - ORDER) / 2 - offs_n % C, ORDER) * gate
+        tl.store(phi_ptr + offs_n, phi.to(phi_ptr.dtype.element_ty), mask=inside)
         if HAS_BASE:
-            base = (gate * activation(x, ACTIVATION)).to(base_ptr.dtype.element_ty)
-            offs = offs_m[:, None] * I + offs_i[None, :]
-            tl.store(base_ptr + first_m * I + offs, base, mask=inside & (offs_n % C == 0)[None, :])
+            base = activation(x, ACTIVATION) * gate
+            tl.store(base_ptr + offs_i, base.to(base_ptr.dtype.element_ty), mask=inside & (offs_n % C == 0))
+        if HAS_NORM:
+            offs_n += BLOCK_N
+        else:
+            phi_ptr += I * C
+            base_ptr += I
+            x_ptr += stride_xm
+            gate_ptr += stride_gm
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows"])
 def _fold_kernel(
     dx_ptr, dgate_ptr, dphi_ptr, dbase_ptr, x_ptr, gate_ptr, grid_ptr,
-    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps,
+    M, I, stride_xm, stride_xi, stride_gm, stride_gi, stride_grid, eps, rows,
     GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, IN_WORDS: tl.constexpr, MAKE_PHI: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I).
 
@@ -146,91 +149,98 @@ def _fold_kernel(
     """
     C: tl.constexpr = GRID_SIZE + ORDER
     WORDS: tl.constexpr = C // 4 if IN_WORDS else 0
-    tiles = 1 if HAS_NORM else tl.cdiv(I, BLOCK_I)
-    first_m = (tl.program_id(0) // tiles * BLOCK_M).to(tl.int64)
-    first_i = tl.program_id(0) % tiles * BLOCK_I
-    offs_m = tl.arange(0, BLOCK_M)
-    first = first_m * I
-    words_ptr = dphi_ptr.to(tl.pointer_type(tl.uint64)) + first * WORDS
-    dphi_ptr += first * C
-    dx_ptr += first
-    scale = 1.0
-    if HAS_NORM:
-        scale = _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_xm, stride_xi, eps, BLOCK_M, 4 * BLOCK_I)
-        product = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    for start in range(first_i, I if HAS_NORM else first_i + BLOCK_I, BLOCK_I):
-        offs_i = start + tl.arange(0, BLOCK_I)
-        offs = offs_m[:, None] * I + offs_i[None, :]
-        inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
-        t, inverse_width = _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        if HAS_GATE:
-            gate = _load(gate_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_gm, stride_gi, inside)
-        outside = (t < 0) | (t >= GRID_SIZE)
-        if not HAS_BASE:
-            t = clamped(t, GRID_SIZE)
-        live = first_live(t, GRID_SIZE)
-        s = t - live - (1 - ORDER) / 2
-        live = live.to(tl.int32)
-        dx = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-        dgate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    m, offs_i, steps = _program(M, I, rows, HAS_NORM, BLOCK_I)
+    words_ptr = dphi_ptr.to(tl.pointer_type(tl.uint64)) + m * I * WORDS
+    dphi_ptr += m * I * C
+    dbase_ptr += m * I
+    dx_ptr += m * I
+    dgate_ptr += m * I
+    x_ptr += m * stride_xm
+    gate_ptr += m * stride_gm
+    scale = _inverse_rms(x_ptr, I, stride_xi, eps, 4 * BLOCK_I) if HAS_NORM else 1.0
+    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    product = tl.zeros((BLOCK_I,), tl.float32)
+    for _ in range(steps):
+        inside = offs_i < I
+        x = _load(x_ptr, offs_i, stride_xi, inside) * scale
+        gate = _load(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+        t = (x - lo) * inverse_width
+        live, u = live_interval(t, GRID_SIZE, ORDER, not HAS_BASE)
+        dx = tl.zeros((BLOCK_I,), tl.float32)
+        dgate = tl.zeros((BLOCK_I,), tl.float32)
         if WORDS:
-            pointers = _words(words_ptr, offs, WORDS)
-            read = _load_words(pointers, live, inside, WORDS)
-            functions = tl.zeros((BLOCK_M, BLOCK_I), tl.uint64)
+            pointers = _words(words_ptr, offs_i, WORDS)
+            read = _load_words(pointers, live, inside, WORDS, HAS_BASE)
+            functions = tl.zeros((BLOCK_I,), tl.uint64)
         for r in tl.static_range(ORDER + 1):
             if WORDS:
                 dphi = (read >> 16 * r).to(tl.uint16).to(dphi_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
             else:
-                dphi = tl.load(dphi_ptr + offs * C + live + r, mask=inside, other=0.0).to(tl.float32)
-            phi = spline(s - r, ORDER)
-            dx += dphi * spline_derivative(s - r, ORDER)
+                there = inside & (live >= -r) & (live < C - r)
+                dphi = tl.load(dphi_ptr + offs_i * C + live + r, mask=there, other=0.0).to(tl.float32)
+            phi = live_spline(u, r, ORDER)
+            dx += dphi * live_slope(u, r, ORDER)
             dgate += dphi * phi
             if MAKE_PHI:
-                functions |= _lane(phi * gate if HAS_GATE else phi, r, dphi_ptr.dtype.element_ty)
+                functions |= _lane(phi * gate, r, dphi_ptr.dtype.element_ty)
         dx *= inverse_width
-        if not HAS_BASE:
-            dx = tl.where(outside, 0.0, dx)
         if HAS_BASE:
-            dbase = tl.load(dbase_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
+            dbase = tl.load(dbase_ptr + offs_i, mask=inside, other=0.0).to(tl.float32)
             base = activation(x, ACTIVATION)
             dx += dbase * activation_derivative(x, ACTIVATION)
             dgate += dbase * base
+        else:
+            dx = tl.where((t < 0) | (t >= GRID_SIZE), 0.0, dx)
         if HAS_GATE:
             dx *= gate
-            tl.store(dgate_ptr + first + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+            tl.store(dgate_ptr + offs_i, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
         if HAS_NORM:
             product += dx * x
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + offs_i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if MAKE_PHI:
             tl.debug_barrier()  # other threads of the program have read what this one overwrites
-            _store_words(pointers, functions, live, inside, WORDS)
+            _store_words(pointers, functions, live, inside, WORDS, HAS_BASE)
             if HAS_BASE:
-                base = base * gate if HAS_GATE else base
-                tl.store(dbase_ptr + first + offs, base.to(dbase_ptr.dtype.element_ty), mask=inside)
+                tl.store(dbase_ptr + offs_i, (base * gate).to(dbase_ptr.dtype.element_ty), mask=inside)
+        if HAS_NORM:
+            offs_i += BLOCK_I
+            lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+        else:
+            words_ptr += I * WORDS
+            dphi_ptr += I * C
+            dbase_ptr += I
+            dx_ptr += I
+            dgate_ptr += I
+            x_ptr += stride_xm
+            gate_ptr += stride_gm
     if HAS_NORM:
-        mean = tl.sum(product, axis=1)[:, None] / I
+        mean = tl.sum(product, axis=0) / I
         tl.debug_barrier()  # other threads of the program have written what this one reads
         for start in range(0, I, 4 * BLOCK_I):
-            offs_i = start + tl.arange(0, 4 * BLOCK_I)
-            offs = offs_m[:, None] * I + offs_i[None, :]
-            inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-            x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_xm, stride_xi, inside) * scale
-            dx = tl.load(dx_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + offs, (scale * (dx - x * mean)).to(dx_ptr.dtype.element_ty), mask=inside)
+            offs = start + tl.arange(0, 4 * BLOCK_I)
+            x = _load(x_ptr, offs, stride_xi, offs < I) * scale
+            dx = tl.load(dx_ptr + offs, mask=offs < I, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + offs, (scale * (dx - x * mean)).to(dx_ptr.dtype.element_ty), mask=offs < I)
 
 
 @triton.jit
-def _load(ptr, first_m, offs_m, offs_i, stride_m, stride_i, mask):
-    offs = (first_m + offs_m) * stride_m + offs_i.to(tl.int64) * stride_i
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+def _program(M, N, rows, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's first row (int64), its columns of N in the first step, and the number of steps.
+
+    Last rows first: the product before wrote them last, and the one after begins with the first; both are in cache.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    if HAS_NORM:
+        return program.to(tl.int64), tl.arange(0, BLOCK), tl.cdiv(N, BLOCK)
+    else:
+        tiles = tl.cdiv(N, BLOCK)
+        m = program // tiles * rows
+        return m.to(tl.int64), program % tiles * BLOCK + tl.arange(0, BLOCK), tl.minimum(rows, M - m)
 
 
 @triton.jit
-def _position(x, grid_ptr, offs_i, stride_grid, I, GRID_SIZE: tl.constexpr):
-    """t = (x - lo) / h of a tile, and 1 / h of its inputs."""
-    lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-    return (x - lo[None, :]) * inverse_width[None, :], inverse_width[None, :]
+def _load(ptr, offs, stride, mask):
+    return tl.load(ptr + offs.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -242,46 +252,55 @@ def _lane(value, r: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _words(words_ptr, offs, WORDS: tl.constexpr):
     """Pointers to the words of each input."""
-    if WORDS == 1:
-        return words_ptr + offs
-    else:
-        return words_ptr + offs[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+    return words_ptr + offs if WORDS == 1 else words_ptr + offs[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
 
 
 @triton.jit
-def _load_words(pointers, live, inside, WORDS: tl.constexpr):
-    """The 16 bits of functions live, live + 1, ... of an input, from the lowest of a word on."""
+def _load_words(pointers, live, inside, WORDS: tl.constexpr, BEYOND: tl.constexpr):
+    """The 16 bits of functions live, live + 1, ... of an input, from the lowest of a word on.
+
+    BEYOND the first and the last, which begin and end a word, are zeros. Without it live to live + k are there, and
+    what stands above them is not theirs.
+    """
     if WORDS == 1:
-        return tl.load(pointers, mask=inside, other=0) >> (16 * live).to(tl.uint64)
+        low = tl.load(pointers, mask=inside, other=0)
+        if not BEYOND:
+            return low >> (16 * live).to(tl.uint64)
+        high = low
     else:
-        words = tl.load(pointers, mask=inside[:, :, None], other=0)
-        word, lane = live // 4, live % 4
+        words = tl.load(pointers, mask=inside[:, None], other=0)
         if WORDS == 2:
-            first, high = tl.split(words)
-            low = tl.where(word == 0, first, high)
+            first, second = tl.split(words)
+            low, high = tl.where(live < 4, first, second), second
         else:
-            even, odd = tl.split(words.reshape(live.shape[0], live.shape[1], 2, 2))
+            even, odd = tl.split(words.reshape(live.shape[0], 2, 2))
             first, third = tl.split(even)
-            second, high = tl.split(odd)
-            low = tl.where(word == 0, first, tl.where(word == 1, second, tl.where(word == 2, third, high)))
-            high = tl.where(word == 0, second, tl.where(word == 1, third, high))
-        # The functions of an input end with its last word: what stands above them is not theirs.
-        return (low >> (16 * lane).to(tl.uint64)) | (high << 1 << (63 - 16 * lane).to(tl.uint64))
+            second, fourth = tl.split(odd)
+            low = tl.where(live < 4, first, tl.where(live < 8, second, tl.where(live < 12, third, fourth)))
+            high = tl.where(live < 4, second, tl.where(live < 8, third, fourth))
+        if BEYOND:
+            high = tl.where(live < 0, first, high)
+    if BEYOND:
+        low = tl.where((live >= 0) & (live < 4 * WORDS), low, 0)
+        high = tl.where(live < 4 * WORDS - 4, high, 0)
+    shift = (16 * (live & 3)).to(tl.uint64)
+    return (low >> shift) | (high << 1 << 63 - shift)
 
 
 @triton.jit
-def _store_words(pointers, functions, live, inside, WORDS: tl.constexpr):
+def _store_words(pointers, functions, live, inside, WORDS: tl.constexpr, BEYOND: tl.constexpr):
     """`functions`, of 16 bits, as functions live, live + 1, ... of an input; zeros elsewhere."""
     if WORDS == 1:
-        tl.store(pointers, functions << (16 * live).to(tl.uint64), mask=inside)
+        word = _word(functions, live, 0) if BEYOND else functions << (16 * live).to(tl.uint64)
+        tl.store(pointers, word, mask=inside)
     else:
         if WORDS == 2:
             words = tl.join(_word(functions, live, 0), _word(functions, live, 1))
         else:
             even = tl.join(_word(functions, live, 0), _word(functions, live, 2))
             odd = tl.join(_word(functions, live, 1), _word(functions, live, 3))
-            words = tl.join(even, odd).reshape(live.shape[0], live.shape[1], 4)
-        tl.store(pointers, words, mask=inside[:, :, None])
+            words = tl.join(even, odd).reshape(live.shape[0], 4)
+        tl.store(pointers, words, mask=inside[:, None])
 
 
 @triton.jit
@@ -293,15 +312,14 @@ def _word(functions, live, j: tl.constexpr):
 
 
 @triton.jit
-def _inverse_rms(x_ptr, first_m, offs_m, M, I, stride_m, stride_i, eps, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of whole rows, (BLOCK_M, 1)."""
-    total = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+def _inverse_rms(x_ptr, I, stride_i, eps, BLOCK_I: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of a row."""
+    total = tl.zeros((BLOCK_I,), tl.float32)
     for start in range(0, I, BLOCK_I):
         offs_i = start + tl.arange(0, BLOCK_I)
-        inside = (offs_m < M - first_m)[:, None] & (offs_i < I)[None, :]
-        x = _load(x_ptr, first_m, offs_m[:, None], offs_i[None, :], stride_m, stride_i, inside)
+        x = _load(x_ptr, offs_i, stride_i, offs_i < I)
         total += x * x
-    return tl.rsqrt(tl.sum(total, axis=1) / I + eps)[:, None]
+    return tl.rsqrt(tl.sum(total, axis=0) / I + eps)
 
 
 @functools.cache
@@ -458,18 +476,19 @@ def phi(
     if out.numel() == 0:
         return out, base
     (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
+    rows, warps = PHI if norm_eps is None else PHI_NORM
     arguments = (
         out, base if based else out, x, gate_or_x, grid,
-        M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0,
+        M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, rows,
         grid_size, spline_order, base_activation or "identity", gate is not None, based, norm_eps is not None,
     )  # fmt: skip
-    rows, columns, warps = PHI if norm_eps is None else PHI_NORM
     with torch.cuda.device_of(x):
         if in_words(dtype, C):
-            sides = _tile(rows, columns, warps, I, C)
-            _phi_kernel[_programs(M, I, *sides, norm_eps)](*arguments, *sides, num_warps=warps)
+            columns = _columns(I, C, warps)
+            _phi_kernel[_programs(M, I, rows, columns, norm_eps)](*arguments, columns, num_warps=warps)
         else:
-            _phi_flat_kernel[_programs(M, I * C, rows, columns, norm_eps)](*arguments, rows, columns, num_warps=warps)
+            columns = 256 * warps
+            _phi_flat_kernel[_programs(M, I * C, rows, columns, norm_eps)](*arguments, columns, num_warps=warps)
     return out, base
 
 
@@ -495,14 +514,14 @@ def fold(
     if dx.numel() == 0:
         return
     (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
-    sides = _tile(*FOLD, I, power_of_2(C))
+    rows, warps = FOLD if norm_eps is None else FOLD_NORM
+    columns = _columns(I, C, warps)
     with torch.cuda.device_of(x):
-        _fold_kernel[_programs(M, I, *sides, norm_eps)](
+        _fold_kernel[_programs(M, I, rows, columns, norm_eps)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
-            M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, grid_size, spline_order,
+            M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, rows, grid_size, spline_order,
             base_activation, gate is not None, dbase is not None, norm_eps is not None,
-            in_words(dphi.dtype, C), make_phi, *sides, num_warps=FOLD[2],
-            enable_fp_fusion=False,  # t - live in one rounding would leave the live interval, where slopes jump
+            in_words(dphi.dtype, C), make_phi, columns, num_warps=warps,
         )  # fmt: skip
 
 
@@ -511,16 +530,14 @@ def in_words(dtype: torch.dtype, count: int) -> bool:
     return dtype.itemsize == 2 and count in (4, 8, 16)
 
 
-def _tile(rows: int, columns: int, warps: int, I: int, count: int) -> tuple[int, int]:
-    """Rows and inputs of a tile, `count` functions an input: at least one input a thread; more rows where I is less."""
-    wanted = max(columns // count, 32 * warps)
-    inputs = min(wanted, power_of_2(I))
-    return rows * wanted // inputs, inputs
+def _columns(I: int, count: int, warps: int) -> int:
+    """Inputs of a tile: 16 bytes of Phi in 16 bits a thread where that is no less than an input."""
+    return min(32 * warps * max(1, 8 // count), power_of_2(I))
 
 
 def _programs(rows: int, columns: int, block_rows: int, block_columns: int, norm_eps: float | None) -> tuple[int]:
-    """A tile a program, or with a norm whole rows."""
-    return (ceil_div(rows, block_rows) * (1 if norm_eps is not None else ceil_div(columns, block_columns)),)
+    """As `_program` has them."""
+    return (rows if norm_eps is not None else ceil_div(rows, block_rows) * ceil_div(columns, block_columns),)
 
 
 def _chunks(size: int, bytes_each: int) -> list[slice]:
