@@ -1,11 +1,12 @@
-"""The KAN layer as one differentiable operator, and the only place that chooses a backend.
+"""The KAN layers, each as one differentiable operator, and the only place that chooses a backend.
 
     y[m, o] = b[o] + sum_i gate[m, i] * ( base_weight[o, i] * act(x[m, i]) + sum_c W[i*C + c, o] * B_c(x[m, i]) )
 
 (Liu et al. 2024, arXiv:2404.19756, eq. 2.10; `gate` makes every edge a gate function, the product nodes of KAN 2.0,
 arXiv:2408.10205.) `torch.library` has operators, `kansformer::kan_linear`, its backward and one for int8, so that what
 looks on (torch.compile, export, dispatch modes, tensor subclasses) sees one node whatever the backend; else autograd
-alone calls the kernels. Saved for backward: x and gate, no basis.
+alone calls the kernels. Saved for backward: x and gate, no basis. The layer of waves, `fourier_linear`, has operators
+for triton alone: in torch its plain operations are what a compiler fuses best.
 """
 
 import functools
@@ -77,9 +78,7 @@ def kan_linear(
         RuntimeError: if `backend` names one that cannot run here, saying why.
     """
     _check(x, spline_weight, grid, grid_size, spline_order, base_weight, bias, base_activation, gate, norm_eps)
-    dtype = spline_weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _product_dtype(x, spline_weight)
     if base_weight is not None:
         base_weight = base_weight.to(dtype)
     if gate is not None and gate.dtype.itemsize > dtype.itemsize:
@@ -115,6 +114,40 @@ def kan_linear(
     return y.view(*x.shape[:-1], spline_weight.shape[1])
 
 
+def fourier_linear(
+    x: Tensor, sin_weight: Tensor, cos_weight: Tensor, frequency: float, *, backend: str = "auto"
+) -> Tensor:
+    """Apply a KAN layer of waves (Xu et al. 2024, arXiv:2406.01034), w the `frequency`:
+
+        y_o = sum_i sin_weight[o, i] sin(w x_i) + cos_weight[o, i] cos(w x_i)
+
+    The triton backend has sines and cosines in float32, products in the weights' dtype (where autocast is on, its) with
+    float32 accumulation, and keeps x alone for backward; from |w x| of 10^5 on its waves lose accuracy, but stay within
+    [-1, 1]. The torch backend is plain operations. Differentiable as `kan_linear` is.
+
+    Args:
+        x: (..., I), any float dtype.
+        sin_weight, cos_weight: (O, I), of one dtype.
+        frequency: w, the same for every edge.
+        backend: "auto", "torch" or "triton", as for `kan_linear`.
+    Returns:
+        (..., O) in the weights' dtype (autocast's where it is on).
+    Raises:
+        ValueError, TypeError: on shapes or dtypes that do not fit together, naming them.
+        RuntimeError: if `backend` names one that cannot run here, saying why.
+    """
+    _check_waves(x, sin_weight, cos_weight)
+    dtype, chosen = _product_dtype(x, sin_weight), fourier_backend(x, sin_weight, backend)
+    inputs = x.reshape(-1, x.shape[-1]), sin_weight.to(dtype), cos_weight.to(dtype), float(frequency)
+    if chosen == "torch" or under_transform():
+        operator = _plain_waves
+    elif _observed(*inputs[:3]):
+        operator = torch.ops.kansformer.fourier_linear
+    else:
+        operator = _FourierLinear.apply if torch.is_grad_enabled() else _waves_forward
+    return operator(*inputs).view(*x.shape[:-1], len(sin_weight))
+
+
 def choose_backend(
     x: Tensor, spline_weight: Tensor, *, spline_order: int, base_activation: str = "silu", backend: str = "auto"
 ) -> str:
@@ -127,19 +160,47 @@ def choose_backend(
         ValueError: if the name is not known.
         RuntimeError: if triton is asked for and cannot run here, with the reason.
     """
+    return _choose(
+        "kan_linear",
+        x.device,
+        backend,
+        lambda: _kernels("triton_kan").unsupported(
+            x, spline_weight, spline_order=spline_order, base_activation=base_activation
+        ),
+    )
+
+
+def _choose(function: str, device: torch.device, backend: str, unsupported: Callable[[], str | None]) -> str:
     asked = _asked(backend)
     if asked not in ("auto", *BACKENDS):
         source = "KANSFORMER_BACKEND" if backend == "auto" else "backend"
         raise ValueError(f"{source} is {asked!r}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    if asked == "torch" or (asked == "auto" and not x.is_cuda):
+    if asked == "torch" or (asked == "auto" and device.type != "cuda"):
         return "torch"
-    reason = _triton_unsupported(x, spline_weight, spline_order, base_activation)
+    reason = _triton_missing() or unsupported()
     if reason is None:
         return "triton"
     if asked == "triton":
         raise RuntimeError(f"backend 'triton' cannot run here: {reason}. Use backend='auto' or 'torch'")
-    _log_once(f"kan_linear takes the torch backend on {x.device}: {reason}")
+    _log_once(f"{function} takes the torch backend on {device}: {reason}")
     return "torch"
+
+
+def fourier_backend(x: Tensor, sin_weight: Tensor, backend: str = "auto") -> str:
+    """The backend, "torch" or "triton", that `fourier_linear` takes for these tensors, as `choose_backend` says."""
+    return _waves_backend(x.device, x.dtype, _product_dtype(x, sin_weight), backend)
+
+
+@torch.compiler.assume_constant_result  # compilers guard its arguments
+def _waves_backend(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype, backend: str) -> str:
+    return _choose(
+        "fourier_linear", device, backend, lambda: _kernels("triton_waves").unsupported(device, x_dtype, dtype)
+    )
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _asked(backend: str) -> str:
@@ -154,15 +215,8 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _triton_kan() -> types.ModuleType:
-    return importlib.import_module("kansformer.kernels.triton_kan")  # where it is used: triton comes with CUDA builds
-
-
-def _triton_unsupported(x: Tensor, spline_weight: Tensor, spline_order: int, base_activation: str) -> str | None:
-    reason = _triton_missing()
-    if reason is None:
-        reason = _triton_kan().unsupported(x, spline_weight, spline_order=spline_order, base_activation=base_activation)
-    return reason
+def _kernels(name: str) -> types.ModuleType:
+    return importlib.import_module(f"kansformer.kernels.{name}")  # where it is used: triton comes with CUDA builds
 
 
 @functools.cache
@@ -176,7 +230,7 @@ def _implementation(
     chosen = choose_backend(
         x, spline_weight, spline_order=spline_order, base_activation=base_activation, backend=backend
     )
-    return torch_kan if chosen == "torch" else _triton_kan()
+    return torch_kan if chosen == "torch" else _kernels("triton_kan")
 
 
 def _forward(
@@ -319,12 +373,18 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, gate, spline_weight, grid, base_weight)
 
 
+def _needs_plain(dy: Tensor) -> bool:
+    # create_graph=True: the gradient must itself be differentiable. is_grads_batched=True: kernels take no batch of dy.
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def _backward(ctx, dy):
     x, gate, spline_weight, grid, base_weight = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    # create_graph=True: the gradient must itself be differentiable. is_grads_batched=True: kernels take no batch of dy.
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
-        gradients = _differentiable_backward(dy, x, gate, spline_weight, grid, base_weight, *ctx.settings[:4], wanted)
+    if _needs_plain(dy):
+        primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
+        inputs = x, gate, spline_weight, grid, base_weight, *ctx.settings
+        gradients = _differentiable_backward(dy, primals, _plain, *inputs)
     else:
         observed = _observed(dy, x, gate, spline_weight, grid, base_weight)
         operator = torch.ops.kansformer.kan_linear_backward if observed else _gradients
@@ -378,33 +438,97 @@ def _plain(
     return y + F.linear((a if gate is None else a * gate).to(base_weight.dtype), base_weight)
 
 
+def _waves_forward(x: Tensor, sin_weight: Tensor, cos_weight: Tensor, frequency: float) -> Tensor:
+    return _kernels("triton_waves").forward(x, sin_weight, cos_weight, frequency)
+
+
+_fourier_linear = torch.library.custom_op(
+    "kansformer::fourier_linear", _waves_forward, mutates_args=(), tags=ANY_LAYOUT
+)
+
+
+@_fourier_linear.register_fake
+def _(x, sin_weight, cos_weight, frequency):
+    return sin_weight.new_empty(x.shape[0], sin_weight.shape[0])
+
+
+def _waves_gradients(
+    dy: Tensor, x: Tensor, sin_weight: Tensor, cos_weight: Tensor, frequency: float, needs: list[bool]
+) -> list[Tensor]:
+    """The gradients of x, sin_weight and cos_weight that `needs` asks for, in this order."""
+    gradients = _kernels("triton_waves").backward(dy, x, sin_weight, cos_weight, frequency, tuple(needs))
+    return [g for g, needed in zip(gradients, needs) if needed]
+
+
+_fourier_linear_backward = torch.library.custom_op(
+    "kansformer::fourier_linear_backward", _waves_gradients, mutates_args=(), tags=ANY_LAYOUT
+)
+
+
+@_fourier_linear_backward.register_fake
+def _(dy, x, sin_weight, cos_weight, frequency, needs):
+    primals = (x, sin_weight, cos_weight)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(primals, needs) if n]
+
+
+def _setup_waves(ctx, inputs, output):
+    *tensors, ctx.frequency = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _waves_backward(ctx, dy):
+    wanted = list(ctx.needs_input_grad[:3])
+    inputs = *ctx.saved_tensors, ctx.frequency
+    if _needs_plain(dy):
+        primals = [t for t, needed in zip(inputs, wanted) if needed]
+        gradients = _differentiable_backward(dy, primals, _plain_waves, *inputs)
+    else:
+        observed = _observed(dy, *ctx.saved_tensors)
+        operator = torch.ops.kansformer.fourier_linear_backward if observed else _waves_gradients
+        gradients = operator(dy, *inputs, wanted)
+    gradients = iter(gradients)
+    return *(next(gradients) if needed else None for needed in wanted), None
+
+
+_fourier_linear.register_autograd(_waves_backward, setup_context=_setup_waves)
+
+
+class _FourierLinear(torch.autograd.Function):
+    """As `_KanLinear`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_waves(ctx, inputs, None)
+        return _waves_forward(*inputs)
+
+    backward = staticmethod(_waves_backward)
+
+
+def _plain_waves(x: Tensor, sin_weight: Tensor, cos_weight: Tensor, frequency: float) -> Tensor:
+    """The layer of waves as plain torch operations."""
+    y, dtype = frequency * x, sin_weight.dtype
+    return F.linear(y.sin().to(dtype), sin_weight) + F.linear(y.cos().to(dtype), cos_weight)
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
-    """`kan_linear` as plain operations, for exporters that know no other: a table for `run_decompositions`.
+    """The layers' operators as plain operations, for exporters that know no other: a table for `run_decompositions`.
 
     program = torch.export.export(model, (), inputs).run_decompositions(kansformer.decompositions())
     torch.onnx.export(program, dynamo=True)
     """
-    return {torch.ops.kansformer.kan_linear.default: _plain}
+    return {
+        torch.ops.kansformer.kan_linear.default: _plain,
+        torch.ops.kansformer.fourier_linear.default: _plain_waves,
+    }
 
 
 def _differentiable_backward(
-    dy: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    spline_weight: Tensor,
-    grid: Tensor,
-    base_weight: Tensor | None,
-    grid_size: int,
-    spline_order: int,
-    base_activation: str,
-    norm_eps: float | None,
-    wanted: list[bool],
+    dy: Tensor, primals: list[Tensor], plain: Callable[..., Tensor], *inputs: object
 ) -> tuple[Tensor, ...]:
-    """The same gradients through plain torch operations, for derivatives of any order and batches of dy."""
+    """The gradients of plain(*inputs), plain torch operations, for derivatives of any order and batches of dy."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = _plain(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, norm_eps)
-    primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
+        y = plain(*inputs)
     return torch.autograd.grad(y, primals, dy, create_graph=differentiable)
 
 
@@ -424,6 +548,17 @@ def _backward_flops(dy, x, gate, spline_weight, grid, base_weight, *args, out_sh
     spline = 2 * x[0] * math.prod(spline_weight)
     base = 2 * x[0] * math.prod(base_weight) if base_weight is not None else 0
     return (needs[0] or needs[1]) * (spline + base) + needs[2] * spline + needs[3] * base
+
+
+@register_flop_formula(torch.ops.kansformer.fourier_linear)
+def _waves_flops(x, sin_weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 2 * x[0] * math.prod(sin_weight)
+
+
+@register_flop_formula(torch.ops.kansformer.fourier_linear_backward)
+def _waves_backward_flops(dy, x, sin_weight, *args, out_shape=None, **kwargs) -> int:
+    needs_x, needs_sin, needs_cos = args[-1]
+    return 2 * x[0] * math.prod(sin_weight) * (2 * needs_x + needs_sin + needs_cos)
 
 
 def _check(
@@ -465,3 +600,16 @@ def _check(
     for name, (tensor, shapes) in expected.items():
         if tensor is not None and not any(tuple(tensor.shape) == shape for shape in shapes):
             raise ValueError(f"{name} must be {' or '.join(map(str, shapes))} here, got {tuple(tensor.shape)}")
+
+
+def _check_waves(x: Tensor, sin_weight: Tensor, cos_weight: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; fourier_linear takes floating point inputs")
+    inputs = x.shape[-1] if x.dim() else 0
+    if sin_weight.dim() != 2 or sin_weight.shape[1] != inputs or sin_weight.shape != cos_weight.shape:
+        shapes = f"{tuple(sin_weight.shape)} and {tuple(cos_weight.shape)}"
+        raise ValueError(f"x has {inputs} features: sin_weight and cos_weight must be (O, {inputs}); they are {shapes}")
+    if sin_weight.dtype != cos_weight.dtype:
+        raise TypeError(
+            f"sin_weight is {sin_weight.dtype} and cos_weight {cos_weight.dtype}: they must be of one dtype"
+        )

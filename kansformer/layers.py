@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kansformer.functional import BASE_ACTIVATIONS, kan_linear
+from kansformer.functional import BASE_ACTIVATIONS, fourier_backend, fourier_linear, kan_linear
 from kansformer.kernels.torch_kan import activation, normalise
 from kansformer.splines import basis, least_squares, num_basis, refit
 
@@ -277,6 +277,8 @@ class FourierLinear(nn.Module):
         in_features, out_features: I and O.
         frequency: w, the same for every edge.
         init_gain: output standard deviation at initialisation, whatever the inputs are (sin^2 + cos^2 = 1).
+        backend: "auto", "torch" or "triton" (`functional.fourier_linear`). Triton is for plain weights and no gate;
+            else, and on the torch backend, the two layers are called, with their adapters, hooks, quantised weights.
 
     Attributes:
         sin_proj, cos_proj: linear layers without bias whose weights (O, I) are a and b.
@@ -291,6 +293,7 @@ class FourierLinear(nn.Module):
         out_features: int,
         frequency: float = 1.5,
         init_gain: float = 1.0,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -299,11 +302,16 @@ class FourierLinear(nn.Module):
         if not 0 < frequency < math.inf:
             raise ValueError(f"frequency must be positive and finite, got {frequency}")
         self.in_features, self.out_features, self.frequency = int(in_features), int(out_features), frequency
+        self.backend = backend
         self.sin_proj = _linear(in_features, out_features, init_gain, device=device, dtype=dtype)
         self.cos_proj = _linear(in_features, out_features, init_gain, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., I), gate (..., I) or None: (..., O)."""
+        if gate is None and _is_plain(self.sin_proj) and _is_plain(self.cos_proj):
+            weights = self.sin_proj.weight, self.cos_proj.weight
+            if fourier_backend(x, weights[0], self.backend) == "triton":
+                return fourier_linear(x, *weights, self.frequency, backend=self.backend)
         x = self.frequency * x
         sine, cosine = x.sin(), x.cos()
         if gate is not None:
@@ -312,6 +320,18 @@ class FourierLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, frequency={self.frequency}"
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a call of `linear` is the product with its weight: no adapter, hook, bias, quantised or split weight."""
+    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and type(linear.weight) in (Tensor, nn.Parameter)
+        and "forward" not in linear.__dict__  # where accelerate puts its own
+        and not any(hooks)
+    )
 
 
 EdgeLayer = KANLinear | FourierLinear  # a learned function on each of I * O edges

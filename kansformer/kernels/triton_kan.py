@@ -337,15 +337,18 @@ def unsupported(x: Tensor, spline_weight: Tensor, *, spline_order: int, base_act
         return f"the kernels have spline_order 1, 2 and 3, not {spline_order}"
     if base_activation not in BASE_ACTIVATIONS:
         return f"the kernels have no base_activation {base_activation!r}"
-    for name, dtype in (("x", x.dtype), ("spline_weight", spline_weight.dtype)):
+    return unsupported_tensors(x.device, x=x.dtype, spline_weight=spline_weight.dtype)
+
+
+def unsupported_tensors(device: torch.device, **dtypes: torch.dtype) -> str | None:
+    """Why the kernels of this folder cannot take tensors of these dtypes on `device`, or None if they can."""
+    for name, dtype in dtypes.items():
         if dtype not in DTYPES:
             return f"{name} is {dtype}; the kernels take bfloat16, float16 and float32"
     if isinstance(_phi_kernel, triton.JITFunction):
-        if not x.is_cuda or torch.version.cuda is None:
-            return (
-                f"x is on {x.device}; the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1 before triton is imported)"
-            )
-        capability, _ = _device_properties(x.device.index)
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"x is on {device}; the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1 before triton is imported)"
+        capability, _ = _device_properties(device.index)
         if capability < 80:
             return f"compute capability {capability / 10} is below 8.0"
     return None
