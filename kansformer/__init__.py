@@ -3,7 +3,7 @@
 Importing it registers the models with transformers' Auto classes.
 """
 
-from .functional import choose_backend, decompositions, kan_linear
+from .functional import choose_backend, decompositions, fourier_linear, kan_linear
 from .layers import FFN_TYPES, FourierLinear, KANLinear, feed_forward, match_intermediate_size
 from .models import (
     KansformerConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "choose_backend",
     "decompositions",
     "feed_forward",
+    "fourier_linear",
     "kan_linear",
     "match_intermediate_size",
 ]

@@ -505,7 +505,7 @@ class KANFourier(FeedForward):
     """z = up x, y_o = sum_h a_oh sin w z_h + b_oh cos w z_h: every edge is a wave with a height and a phase of its own.
 
     A `FourierLinear` behind a linear layer, with the parameters of SwiGLU of its width. At the start z has unit
-    variance; w is `fourier_frequency`.
+    variance; w is `fourier_frequency`. On a GPU the layer's kernels keep z alone for backward.
     """
 
     fields = ("fourier_frequency",)

@@ -97,8 +97,8 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launches(case: "Case", capability: int) -> list[Launch]:
-    """Every launch of the package for one layer, at training, prefill and decoding lengths."""
-    from kansformer.kernels import triton_kan
+    """Every launch of the package for one layer and one of waves, at training, prefill and decoding lengths."""
+    from kansformer.kernels import triton_kan, triton_waves
 
     C = case.grid_size + case.spline_order
     dtype = getattr(torch, case.dtype)
@@ -106,7 +106,8 @@ def launches(case: "Case", capability: int) -> list[Launch]:
     settings = (case.grid_size, case.spline_order, "silu")
     norm_eps = 1e-6 if case.norm else None
     weight = torch.empty(INPUTS * C, OUTPUTS, dtype=dtype, device="meta")
-    base = torch.empty(OUTPUTS, INPUTS, dtype=dtype, device="meta") if case.base else None
+    wave = torch.empty(OUTPUTS, INPUTS, dtype=dtype, device="meta")
+    base = wave if case.base else None
     grid = torch.empty(INPUTS, 2, device="meta")
     with recording() as made:
         for rows in case.rows:
@@ -122,6 +123,9 @@ def launches(case: "Case", capability: int) -> list[Launch]:
                 dy = torch.empty(rows, OUTPUTS, dtype=dtype, device="meta")
                 needs = (True, case.gate, True, case.base)
                 triton_kan.backward(dy, x, gate, weight, grid, base, *settings, needs, norm_eps)
+                triton_waves.forward(x, wave, wave, 1.5)
+                for needs in ((True, True, True), (True, False, False)):
+                    triton_waves.backward(dy, x, wave, wave, 1.5, needs)
     return made
 
 

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import os
 import shutil
@@ -15,9 +16,9 @@ from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
 from kansformer import splines
-from kansformer.functional import BASE_ACTIVATIONS, choose_backend, decompositions, kan_linear
+from kansformer.functional import BASE_ACTIVATIONS, choose_backend, decompositions, fourier_linear, kan_linear
 from kansformer.kernels import torch_kan
-from kansformer.layers import KANLinear
+from kansformer.layers import FourierLinear, KANLinear
 
 I, O, G = 13, 7, 5
 
@@ -564,3 +565,199 @@ def test_without_base_the_ends_go_on_as_constants(spline_order, rows, dtype, sha
     assert (x.grad[(exact > lo) & (exact < hi)] != 0).float().mean() > 0.9
     if shared_grid and rows > 2:
         assert (x.grad[1] != 0).all()
+
+
+@pytest.fixture
+def waves():
+    """A layer of waves on the kernels (interpreted without a GPU), its twin on torch, and an input."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        import interpreter  # noqa: F401
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fused = FourierLinear(I, O, backend="triton", device=device)
+    twin = copy.deepcopy(fused)
+    twin.backend = "torch"
+    return fused, twin, torch.randn(2, 3, I, device=device, requires_grad=True)
+
+
+def operators(function):
+    """Those of ours that a call of `function` and its backward dispatch."""
+    calls = []
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **kwargs or {})
+
+    with Look():
+        function().sum().backward()
+    return [call.removeprefix("kansformer.") for call in calls if "kansformer" in call]
+
+
+BOTH_WAVES = ["fourier_linear.default", "fourier_linear_backward.default"]
+
+
+def test_waves_by_the_operator_and_without(waves, monkeypatch):
+    """As plain operations, whether something looks on or not; both ways the same bits, and x alone is kept."""
+    fused, twin, x = waves
+    leaves = [x, *fused.parameters()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        y = fused(x)
+    assert {s.data_ptr() for s in saved} == {leaf.data_ptr() for leaf in leaves}
+    dy = torch.randn_like(y)
+    gradients, expected = torch.autograd.grad(y, leaves, dy), twin(x)
+    assert_close(y, expected, 1e-6)
+    for gradient, exact in zip(gradients, torch.autograd.grad(expected, [x, *twin.parameters()], dy)):
+        assert_close(gradient, exact, 1e-6)
+    assert torch.equal(fourier_linear(x, *list(fused.parameters()), 1.5, backend="triton"), y)
+    assert operators(lambda: fused(x)) == BOTH_WAVES
+    assert operators(lambda: twin(x)) == []
+    monkeypatch.setattr("kansformer.functional._observed", lambda *tensors: True)
+    seen = fused(x)
+    assert torch.equal(seen, y)
+    assert all(map(torch.equal, torch.autograd.grad(seen, leaves, dy), gradients))
+    plain = decompositions()[torch.ops.kansformer.fourier_linear.default]
+    assert_close(plain(x.flatten(0, 1), *fused.parameters(), 1.5), y.flatten(0, 1), 1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_of_waves(waves, transposed):
+    fused, _, x = waves
+    operands = [x.detach().flatten(0, 1), *(p.detach() for p in fused.parameters())]
+    if transposed:
+        operands = [t.T.contiguous().T for t in operands]
+    dy = torch.randn(6, O, device=x.device)
+    forward, backward = torch.ops.kansformer.fourier_linear, torch.ops.kansformer.fourier_linear_backward
+    torch.library.opcheck(forward, (*(t.clone().requires_grad_() for t in operands), 1.5))
+    torch.library.opcheck(backward, (dy, *operands, 1.5, [True, False, True]))
+    assert all(torch.Tag.flexible_layout in operator.default.tags for operator in (forward, backward))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode
+@pytest.mark.parametrize("operator", [False, True])
+def test_waves_beyond_a_first_gradient(waves, operator, monkeypatch):
+    """Second derivatives, batches of gradients, torch.func and tangents are those of plain operations."""
+    if operator:
+        monkeypatch.setattr("kansformer.functional._observed", lambda *tensors: True)
+    *layers, x = waves
+    seconds, jacobians, tangents, hessians = [], [], [], []
+    for layer in layers:
+        y = layer(x)
+        first = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *layer.parameters()]))
+        directions = torch.eye(O, device=x.device).view(O, 1, 1, O).expand(O, *y.shape)
+        jacobians += torch.autograd.grad(layer(x), x, directions, is_grads_batched=True)
+        tangents.append(torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1])
+        hessians.append(torch.func.vmap(torch.func.hessian(lambda row, f=layer: f(row).sum()))(x.flatten(0, 1)))
+    for ours, theirs in (*zip(*seconds), jacobians, tangents, hessians):
+        assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("change", ["adapter", "pre-hook", "hook", "backward hook", "forward", "bias", "gate", "type"])
+def test_what_sits_on_a_projection_is_called(waves, change):
+    """Each doubles what a projection, or the gate what a wave, gives: the kernels would pass it by."""
+    fused, twin, x = waves
+    module, gate, cosine = fused.sin_proj, None, 0 * fused.cos_proj.weight.data
+    fused.cos_proj.weight.data, twin.cos_proj.weight.data = cosine, cosine
+    factor = 2
+    if change == "adapter":
+        fused.sin_proj = torch.nn.Sequential(module, torch.nn.Linear(O, O, bias=False, device=x.device))
+        fused.sin_proj[1].weight.data.copy_(2 * torch.eye(O))
+    elif change == "pre-hook":
+        module.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif change == "hook":
+        module.register_forward_hook(lambda module, args, y: 2 * y)
+    elif change == "backward hook":
+        seen = []
+        module.register_full_backward_hook(lambda module, dx, dy: seen.append(dy))
+        fused(x).sum().backward()
+        assert seen
+        factor = 1
+    elif change == "forward":
+        module.forward = lambda x: 2 * F.linear(x, module.weight)
+    elif change == "bias":
+        module.bias = torch.nn.Parameter(torch.zeros(O, device=x.device))
+        factor = 1
+    elif change == "gate":
+        gate = torch.full_like(x, 2)
+    else:
+        module.weight = torch.nn.Parameter(module.weight.data.as_subclass(Doubled))
+    assert operators(lambda: fused(x, gate)) == []
+    assert_close(fused(x, gate), factor * twin(x), 1e-6)
+
+
+class Doubled(torch.Tensor):
+    """A weight that stands for twice its values, as a quantised one stands for others."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs)
+        return 2 * y.as_subclass(torch.Tensor) if function is F.linear else y
+
+
+def test_autocast_of_waves(waves):
+    fused, twin, x = waves
+    for layer in (fused, twin):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = layer(x)
+            half = layer(x.bfloat16())
+        assert y.dtype == half.dtype == torch.bfloat16
+        assert_close(y, twin(x), 1e-2)
+        assert_close(half, twin(x), 2e-2)
+        y.sum().backward()
+    for ours, theirs in zip(fused.parameters(), twin.parameters()):
+        assert ours.grad.dtype == torch.float32
+        assert_close(ours.grad, theirs.grad, 1e-2)
+
+
+def test_flops_of_waves(waves):
+    fused, twin, x = waves
+    counts = []
+    for layer in (fused, twin):
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts == [3 * 2 * 6 * 2 * I * O] * 2
+
+
+def test_compiled_waves_are_one_operator_for_every_length_or_plain_operations(waves):
+    for layer, ours in zip(waves[:2], (BOTH_WAVES, [])):
+        graphs = []
+
+        def record(graph, _, graphs=graphs):
+            graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+        for rows in (4, 9, 40):
+            x = torch.randn(rows, I, device=waves[2].device, requires_grad=True)
+            y = compiled(x)
+            assert_close(y, waves[1](x), 1e-6)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            assert_close(dx, torch.autograd.grad(waves[1](x).sum(), x)[0], 1e-5)
+        names = [name.removeprefix("kansformer.") for graph in graphs for name in graph if "kansformer" in name]
+        assert names == ours
+        assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"sin_weight": torch.zeros(I, O)}, ValueError, r"must be \(O, 13\); they are \(13, 7\) and \(7, 13\)"),
+        ({"cos_weight": torch.zeros(O + 1, I)}, ValueError, r"they are \(7, 13\) and \(8, 13\)"),
+        ({"cos_weight": torch.zeros(O, I, dtype=torch.half)}, TypeError, "float32 and cos_weight torch.float16"),
+        ({"x": torch.zeros(2, I, dtype=torch.long)}, TypeError, "int64"),
+        ({"x": torch.zeros(())}, ValueError, "0 features"),
+        ({"backend": "cuda"}, ValueError, "'cuda'; choose one of 'auto', 'torch', 'triton'"),
+        ({"backend": "triton", "x": torch.zeros(2, I).double()}, RuntimeError, "cannot run here: x is torch.float64"),
+    ],
+)
+def test_bad_waves_are_named(change, error, message):
+    if "triton" in change.values():
+        pytest.importorskip("triton")
+    settings = {"x": torch.zeros(2, I), "sin_weight": torch.zeros(O, I), "cos_weight": torch.zeros(O, I)}
+    with pytest.raises(error, match=message):
+        fourier_linear(**(settings | {"frequency": 1.5} | change))

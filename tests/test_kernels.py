@@ -18,12 +18,13 @@ import torch
 from numerics import assert_close, assert_twice, error
 from torch import Tensor
 
+from kansformer.functional import fourier_linear
 from kansformer.kernels import torch_kan
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from kansformer.kernels import triton_basis, triton_decode, triton_kan  # noqa: E402
+from kansformer.kernels import triton_basis, triton_decode, triton_kan, triton_waves  # noqa: E402
 
 if not torch.cuda.is_available():
     import interpreter  # noqa: F401
@@ -390,6 +391,116 @@ def test_offsets_beyond_32_bits():
     assert all(torch.equal(a, b) for a, b in zip(gradients, strided) if a is not None)
 
 
+def make_waves(M, I, O, dtype=torch.float32, x_dtype=None) -> tuple:
+    """dy, x, sin_weight, cos_weight and the frequency of a layer of waves, scaled so that outputs are O(1)."""
+    draw = lambda *shape, dtype=dtype, scale=1.0: (torch.randn(*shape) * scale).to(dtype).to(DEVICE)  # noqa: E731
+    x = draw(M, I, dtype=x_dtype or dtype, scale=3.0)
+    return draw(M, O), x, *(draw(O, I, scale=max(I, 1) ** -0.5) for _ in range(2)), 1.7
+
+
+def run_waves(dy, *layer, needs=(True, True, True)) -> tuple[Tensor | None, ...]:
+    return triton_waves.forward(*layer), *triton_waves.backward(dy, *layer, needs)
+
+
+def run_plain_waves(dy, *layer) -> tuple[Tensor, ...]:
+    *leaves, frequency = (t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in layer)
+    y = fourier_linear(*leaves, frequency, backend="torch")
+    return y, *torch.autograd.grad(y, leaves, dy)
+
+
+def check_waves(*layer) -> None:
+    """`check` for a layer of waves."""
+    exact = run_plain_waves(*(t.double() if isinstance(t, Tensor) else t for t in layer))
+    epsilon = 4e-3 if DEVICE == "cpu" and layer[2].dtype == torch.bfloat16 else 1e-6
+    dtypes = [t.dtype for t in layer[:4]]
+    for *results, name, dtype in zip(run_waves(*layer), run_plain_waves(*layer), exact, ("y", *"xab"), dtypes):
+        assert results[0].dtype == dtype
+        assert_twice(*results, epsilon, name)
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((0, 5, 6), torch.float32), (SHAPES[0], torch.float32), *itertools.product(SHAPES[1:], triton_kan.DTYPES)],
+    ids=str,
+)
+def test_waves_match_float64(shape, dtype):
+    check_waves(*make_waves(*shape, dtype))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
+def test_waves_of_x_of_another_dtype(x_dtype):
+    check_waves(*make_waves(*SHAPES[1], torch.bfloat16, x_dtype))
+
+
+def test_waves_of_strided_tensors():
+    dy, x, a, b, frequency = make_waves(50, 24, 18)
+    strided = torch.randn(24, 100, device=DEVICE).T[::2]
+    transposed = [t.T.contiguous().T for t in (dy, a, b)]
+    check_waves(transposed[0], strided, *transposed[1:], frequency)
+    check_waves(torch.randn(1, 1, device=DEVICE).expand(50, 18), x, a, b, frequency)
+
+
+@pytest.mark.parametrize("reach", [1, 10, 100, 1e3, 1e4, 1e5])
+def test_waves_of_large_arguments(reach):
+    """Each wave at most twice as far off as torch's own."""
+    x = reach * (2 * torch.rand(100, 1000, device=DEVICE) - 1)
+    sine, cosine = triton_waves.waves(x, 1.0, torch.float32)
+    assert_twice(sine, x.sin(), x.double().sin(), 0, "sine")
+    assert_twice(cosine, x.cos(), x.double().cos(), 0, "cosine")
+
+
+def test_waves_at_quarter_turns_and_beyond_all_digits():
+    turns = torch.pi / 2 * torch.arange(-2000, 2001, dtype=torch.float64)
+    points = torch.cat([turns, turns + torch.pi / 4]).float().unsqueeze(0).to(DEVICE)
+    exact = points.double().sin(), points.double().cos()
+    for found, wave in zip(triton_waves.waves(points, 1.0, torch.float32), exact):
+        assert (found - wave).abs().max() < 2e-7
+    far = torch.logspace(5, 38, 10_000, device=DEVICE).unsqueeze(0)
+    for found in triton_waves.waves(torch.cat([far, -far]), 1.0, torch.float32):
+        assert (found.abs() <= 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_waves_of_nan_and_infinity_are_nan():
+    dy, x, *weights, frequency = make_waves(20, 10, 12)
+    clean = run_waves(dy, x, *weights, frequency)
+    x[:3, 7] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=DEVICE)
+    y, dx, *dweights = run_waves(dy, x, *weights, frequency)
+    assert y[:3].isnan().all()
+    assert torch.equal(y[3:], clean[0][3:])
+    assert dx.isnan().nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
+    for dweight in dweights:
+        assert dweight[:, 7].isnan().all()
+        assert dweight.isnan().sum() == 12
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_the_gradients_of_waves_asked_for(needs):
+    layer = make_waves(9, 6, 7)
+    everything = run_waves(*layer)
+    for gradient, expected, needed in zip(run_waves(*layer, needs=needs), everything, (True, *needs)):
+        assert torch.equal(gradient, expected) if needed else gradient is None
+
+
+def test_two_runs_of_waves_are_bit_equal():
+    layer = make_waves(*((3000, 400, 70) if DEVICE == "cuda" else (20, 10, 12)), torch.bfloat16)
+    assert all(map(torch.equal, run_waves(*layer), run_waves(*layer)))
+
+
+@pytest.mark.gpu
+def test_offsets_of_waves_beyond_32_bits():
+    x = torch.randn(2**17 + 3, 2**14, dtype=torch.bfloat16, device=DEVICE)
+    last = x[-5:].clone()
+    sine, cosine = triton_waves.waves(x, 1.7, x.dtype)
+    expected = triton_waves.waves(last, 1.7, x.dtype)
+    assert torch.equal(sine[-5:], expected[0])
+    assert torch.equal(cosine[-5:], expected[1])
+    dx = triton_waves.fold(sine, cosine, x, 1.7, make_waves=True)
+    assert torch.equal(sine[-5:], expected[0])
+    assert torch.equal(dx[-5:], triton_waves.fold(*expected, last, 1.7, make_waves=False))
+
+
 # What the compiler makes of the kernels, for GPUs that need not be there.
 
 Case = collections.namedtuple("Case", "dtype spline_order grid_size gate base rows x norm", defaults=[None, False])
@@ -438,12 +549,14 @@ def compiled(capability: int, cases: list[Case], cache: Path) -> list[dict]:
 def check_compiled(kernels: list[dict]) -> None:
     assert {kernel["kernel"] for kernel in kernels} >= {
         "_phi_kernel", "_phi_flat_kernel", "_fold_kernel", "_kan_decode_kernel", "_sum_kernel",
+        "_waves_kernel", "_fold_waves_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["shared"] <= 48 * 1024, kernel  # what every GPU gives every program
         assert kernel["stack"] <= SPILLED_BYTES, f"spills registers: {kernel}"
-        if kernel["kernel"] in ("_phi_kernel", "_fold_kernel"):
-            assert kernel["registers"] <= 128, f"too few programs share a multiprocessor: {kernel}"
+        most = {"_phi_kernel": 128, "_fold_kernel": 128, "_waves_kernel": 64, "_fold_waves_kernel": 64}
+        if kernel["kernel"] in most:
+            assert kernel["registers"] <= most[kernel["kernel"]], f"too few programs share a multiprocessor: {kernel}"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -480,6 +593,7 @@ print(json.dumps({name: len(found) for name, found in variants.items()}))
     counts = json.loads(done.stdout)
     sums = counts.pop("_sum_kernel")  # one for each pair of alignments, whatever the lengths
     assert counts.pop("_kan_decode_kernel") == 2  # coefficients in the weights' dtype, and in int8
+    assert counts.pop("_fold_waves_kernel") == 2  # with waves for the weights' gradients, and without
     assert set(counts.values()) == {1}, counts
     assert sums <= 2
 

@@ -32,8 +32,9 @@ from torch import Tensor
 from kansformer.kernels.triton_basis import ceil_div
 from kansformer.kernels.triton_kan import unsupported_tensors
 
-# Elements and warps of a program's tile, 8 elements a thread. One warp's barrier waits for no other. On sm_90 an element
-# is 29 instructions of WAVES and 37 of FOLD in bfloat16; with 16 a thread FOLD has 76 registers in float32, not 57.
+# Elements and warps of a program's tile, 8 elements a thread. One warp's barrier waits for no other. On sm_90 an
+# element is 29 instructions of WAVES and 37 of FOLD in bfloat16; with 16 a thread FOLD has 76 registers in float32, not
+# 57.
 WAVES, FOLD = (1024, 4), (256, 1)
 
 
