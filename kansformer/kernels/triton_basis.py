@@ -18,6 +18,27 @@ from torch import Tensor
 
 
 @triton.jit
+def program_tile(M, N, rows, WHOLE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's first row (int64), its columns of N in the first step, and the number of steps.
+
+    With WHOLE_ROWS it goes along one row, BLOCK columns a step; else down `rows` rows, BLOCK columns of each. Last rows
+    first: the product before wrote them last, and the one after begins with the first; both are in cache.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    if WHOLE_ROWS:
+        return program.to(tl.int64), tl.arange(0, BLOCK), tl.cdiv(N, BLOCK)
+    else:
+        tiles = tl.cdiv(N, BLOCK)
+        m = program // tiles * rows
+        return m.to(tl.int64), program % tiles * BLOCK + tl.arange(0, BLOCK), tl.minimum(rows, M - m)
+
+
+@triton.jit
+def load_row(ptr, offs, stride, mask):
+    return tl.load(ptr + offs.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def positive(a):
     return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
 

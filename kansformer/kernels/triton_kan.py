@@ -40,7 +40,9 @@ from kansformer.kernels.triton_basis import (
     live_interval,
     live_slope,
     live_spline,
+    load_row,
     power_of_2,
+    program_tile,
     ranges,
     spline,
 )
@@ -66,7 +68,7 @@ def _phi_kernel(
     With a base term gate * act(x) goes to base_ptr (M, I).
     """
     WORDS: tl.constexpr = (GRID_SIZE + ORDER) // 4
-    m, offs_i, steps = _program(M, I, rows, HAS_NORM, BLOCK_I)
+    m, offs_i, steps = program_tile(M, I, rows, HAS_NORM, BLOCK_I)
     words_ptr = phi_ptr.to(tl.pointer_type(tl.uint64)) + m * I * WORDS
     base_ptr += m * I
     x_ptr += m * stride_xm
@@ -75,9 +77,9 @@ def _phi_kernel(
     lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
     for _ in range(steps):
         inside = offs_i < I
-        x = _load(x_ptr, offs_i, stride_xi, inside) * scale
+        x = load_row(x_ptr, offs_i, stride_xi, inside) * scale
         live, u = live_interval((x - lo) * inverse_width, GRID_SIZE, ORDER, not HAS_BASE)
-        gate = _load(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+        gate = load_row(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
         functions = tl.zeros(x.shape, tl.uint64)
         for r in tl.static_range(ORDER + 1):
             functions |= _lane(live_spline(u, r, ORDER) * gate, r, phi_ptr.dtype.element_ty)
@@ -104,7 +106,7 @@ def _phi_flat_kernel(
 ):  # fmt: skip
     """Phi for any C, columns n = i*C + c: wide stores, though every element reads its x."""
     C: tl.constexpr = GRID_SIZE + ORDER
-    m, offs_n, steps = _program(M, I * C, rows, HAS_NORM, BLOCK_N)
+    m, offs_n, steps = program_tile(M, I * C, rows, HAS_NORM, BLOCK_N)
     phi_ptr += m * I * C
     base_ptr += m * I
     x_ptr += m * stride_xm
@@ -114,11 +116,11 @@ def _phi_flat_kernel(
         offs_i = offs_n // C
         inside = offs_n < I * C
         lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        x = _load(x_ptr, offs_i, stride_xi, inside) * scale
+        x = load_row(x_ptr, offs_i, stride_xi, inside) * scale
         t = (x - lo) * inverse_width
         if not HAS_BASE:
             t = clamped(t, GRID_SIZE)
-        gate = _load(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+        gate = load_row(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
         phi = spline(t - (1 - ORDER) / 2 - offs_n % C, ORDER) * gate
         tl.store(phi_ptr + offs_n, phi.to(phi_ptr.dtype.element_ty), mask=inside)
         if HAS_BASE:
@@ -149,7 +151,7 @@ def _fold_kernel(
     """
     C: tl.constexpr = GRID_SIZE + ORDER
     WORDS: tl.constexpr = C // 4 if IN_WORDS else 0
-    m, offs_i, steps = _program(M, I, rows, HAS_NORM, BLOCK_I)
+    m, offs_i, steps = program_tile(M, I, rows, HAS_NORM, BLOCK_I)
     words_ptr = dphi_ptr.to(tl.pointer_type(tl.uint64)) + m * I * WORDS
     dphi_ptr += m * I * C
     dbase_ptr += m * I
@@ -162,8 +164,8 @@ def _fold_kernel(
     product = tl.zeros((BLOCK_I,), tl.float32)
     for _ in range(steps):
         inside = offs_i < I
-        x = _load(x_ptr, offs_i, stride_xi, inside) * scale
-        gate = _load(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+        x = load_row(x_ptr, offs_i, stride_xi, inside) * scale
+        gate = load_row(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
         t = (x - lo) * inverse_width
         live, u = live_interval(t, GRID_SIZE, ORDER, not HAS_BASE)
         dx = tl.zeros((BLOCK_I,), tl.float32)
@@ -218,29 +220,9 @@ def _fold_kernel(
         tl.debug_barrier()  # other threads of the program have written what this one reads
         for start in range(0, I, 4 * BLOCK_I):
             offs = start + tl.arange(0, 4 * BLOCK_I)
-            x = _load(x_ptr, offs, stride_xi, offs < I) * scale
+            x = load_row(x_ptr, offs, stride_xi, offs < I) * scale
             dx = tl.load(dx_ptr + offs, mask=offs < I, other=0.0).to(tl.float32)
             tl.store(dx_ptr + offs, (scale * (dx - x * mean)).to(dx_ptr.dtype.element_ty), mask=offs < I)
-
-
-@triton.jit
-def _program(M, N, rows, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's first row (int64), its columns of N in the first step, and the number of steps.
-
-    Last rows first: the product before wrote them last, and the one after begins with the first; both are in cache.
-    """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    if HAS_NORM:
-        return program.to(tl.int64), tl.arange(0, BLOCK), tl.cdiv(N, BLOCK)
-    else:
-        tiles = tl.cdiv(N, BLOCK)
-        m = program // tiles * rows
-        return m.to(tl.int64), program % tiles * BLOCK + tl.arange(0, BLOCK), tl.minimum(rows, M - m)
-
-
-@triton.jit
-def _load(ptr, offs, stride, mask):
-    return tl.load(ptr + offs.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -317,7 +299,7 @@ def _inverse_rms(x_ptr, I, stride_i, eps, BLOCK_I: tl.constexpr):
     total = tl.zeros((BLOCK_I,), tl.float32)
     for start in range(0, I, BLOCK_I):
         offs_i = start + tl.arange(0, BLOCK_I)
-        x = _load(x_ptr, offs_i, stride_i, offs_i < I)
+        x = load_row(x_ptr, offs_i, stride_i, offs_i < I)
         total += x * x
     return tl.rsqrt(tl.sum(total, axis=0) / I + eps)
 
@@ -539,7 +521,7 @@ def _columns(I: int, count: int, warps: int) -> int:
 
 
 def _programs(rows: int, columns: int, block_rows: int, block_columns: int, norm_eps: float | None) -> tuple[int]:
-    """As `_program` has them."""
+    """As `program_tile` has them."""
     return (rows if norm_eps is not None else ceil_div(rows, block_rows) * ceil_div(columns, block_columns),)
 
 

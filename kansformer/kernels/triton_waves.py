@@ -29,48 +29,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import ceil_div
+from kansformer.kernels.triton_basis import ceil_div, load_row, power_of_2, program_tile
 from kansformer.kernels.triton_kan import unsupported_tensors
 
-# Elements and warps of a program's tile, 8 elements a thread. One warp's barrier waits for no other. On sm_90 an
-# element is 29 instructions of WAVES and 37 of FOLD in bfloat16; with 16 a thread FOLD has 76 registers in float32, not
-# 57.
-WAVES, FOLD = (1024, 4), (256, 1)
+# Rows and warps of a program, 8 elements of a row a thread, measured on an H200 (benchmarks/results/LOG.md).
+WAVES, FOLD = (4, 2), (4, 2)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _waves_kernel(sine_ptr, cosine_ptr, x_ptr, M, I, frequency, BLOCK: tl.constexpr):
-    """sin(w x) and cos(w x) of contiguous (M, I)."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = tl.arange(0, BLOCK)
-    inside = offs < M.to(tl.int64) * I - first
-    sine, cosine = _sine_and_cosine(tl.load(x_ptr + first + offs, mask=inside, other=0.0), frequency)
-    tl.store(sine_ptr + first + offs, sine.to(sine_ptr.dtype.element_ty), mask=inside)
-    tl.store(cosine_ptr + first + offs, cosine.to(cosine_ptr.dtype.element_ty), mask=inside)
+@triton.jit(do_not_specialize=["M", "rows"])
+def _waves_kernel(sine_ptr, cosine_ptr, x_ptr, M, I, stride_xm, stride_xi, frequency, rows, BLOCK: tl.constexpr):
+    """sin(w x) and cos(w x), (M, I), of a strided x."""
+    m, offs, steps = program_tile(M, I, rows, False, BLOCK)
+    sine_ptr += m * I
+    cosine_ptr += m * I
+    x_ptr += m * stride_xm
+    inside = offs < I
+    for _ in range(steps):
+        sine, cosine = _sine_and_cosine(load_row(x_ptr, offs, stride_xi, inside), frequency)
+        tl.store(sine_ptr + offs, sine.to(sine_ptr.dtype.element_ty), mask=inside)
+        tl.store(cosine_ptr + offs, cosine.to(cosine_ptr.dtype.element_ty), mask=inside)
+        sine_ptr += I
+        cosine_ptr += I
+        x_ptr += stride_xm
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows"])
 def _fold_waves_kernel(
-    dx_ptr, sine_ptr, cosine_ptr, x_ptr, M, I, frequency, MAKE_WAVES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dx of contiguous (M, I) from dS and dC, which MAKE_WAVES replaces by S and C."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = tl.arange(0, BLOCK)
-    inside = offs < M.to(tl.int64) * I - first
-    dsine = tl.load(sine_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
-    dcosine = tl.load(cosine_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
-    sine, cosine = _sine_and_cosine(tl.load(x_ptr + first + offs, mask=inside, other=0.0), frequency)
-    dx = frequency * (dsine * cosine - dcosine * sine)
-    tl.store(dx_ptr + first + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    if MAKE_WAVES:
-        tl.debug_barrier()  # other threads of the program have read what this one overwrites
-        tl.store(sine_ptr + first + offs, sine.to(sine_ptr.dtype.element_ty), mask=inside)
-        tl.store(cosine_ptr + first + offs, cosine.to(cosine_ptr.dtype.element_ty), mask=inside)
+    dx_ptr, sine_ptr, cosine_ptr, x_ptr, M, I, stride_xm, stride_xi, frequency, rows,
+    MAKE_WAVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx (M, I) from dS and dC, which MAKE_WAVES replaces by S and C."""
+    m, offs, steps = program_tile(M, I, rows, False, BLOCK)
+    dx_ptr += m * I
+    sine_ptr += m * I
+    cosine_ptr += m * I
+    x_ptr += m * stride_xm
+    inside = offs < I
+    for _ in range(steps):
+        dsine = tl.load(sine_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        dcosine = tl.load(cosine_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        sine, cosine = _sine_and_cosine(load_row(x_ptr, offs, stride_xi, inside), frequency)
+        dx = frequency * (dsine * cosine - dcosine * sine)
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if MAKE_WAVES:
+            tl.debug_barrier()  # other threads of the program have read what this one overwrites
+            tl.store(sine_ptr + offs, sine.to(sine_ptr.dtype.element_ty), mask=inside)
+            tl.store(cosine_ptr + offs, cosine.to(cosine_ptr.dtype.element_ty), mask=inside)
+        dx_ptr += I
+        sine_ptr += I
+        cosine_ptr += I
+        x_ptr += stride_xm
 
 
 @triton.jit
 def _sine_and_cosine(x, frequency):
-    y = x.to(tl.float32) * frequency
+    y = x * frequency
     shifted = tl.fma(y, 0.6366197723675814, 12582912.0)  # 2/pi, 1.5 * 2^23: the last bits are n's, in twos complement
     n = shifted - 12582912.0
     r = tl.fma(n, -1.5707963705062866, y)
@@ -126,23 +139,26 @@ def backward(
 
 def waves(x: Tensor, frequency: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """sin(w x) and cos(w x) of x (M, I), in `dtype`."""
-    x = x.contiguous()
-    sine, cosine = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    sine, cosine = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype)
     if x.numel():
-        block, warps = WAVES
+        grid, rows, block, warps = _launch(x, *WAVES)
         with torch.cuda.device_of(x):
-            _waves_kernel[ceil_div(x.numel(), block),](sine, cosine, x, *x.shape, frequency, block, num_warps=warps)
+            _waves_kernel[grid](sine, cosine, x, *x.shape, *x.stride(), frequency, rows, block, num_warps=warps)
     return sine, cosine
 
 
 def fold(dsine: Tensor, dcosine: Tensor, x: Tensor, frequency: float, make_waves: bool) -> Tensor:
     """dx (M, I) from contiguous dsine and dcosine (M, I), which with `make_waves` become sin(w x) and cos(w x)."""
-    x = x.contiguous()
-    dx = torch.empty_like(x)
+    dx = x.new_empty(x.shape)
     if x.numel():
-        block, warps = FOLD
+        grid, rows, block, warps = _launch(x, *FOLD)
         with torch.cuda.device_of(x):
-            _fold_waves_kernel[ceil_div(x.numel(), block),](
-                dx, dsine, dcosine, x, *x.shape, frequency, make_waves, block, num_warps=warps
+            _fold_waves_kernel[grid](
+                dx, dsine, dcosine, x, *x.shape, *x.stride(), frequency, rows, make_waves, block, num_warps=warps
             )
     return dx
+
+
+def _launch(x: Tensor, rows: int, warps: int) -> tuple[tuple[int], int, int, int]:
+    (M, I), block = x.shape, min(256 * warps, power_of_2(x.shape[1]))
+    return (ceil_div(M, rows) * ceil_div(I, block),), rows, block, warps
