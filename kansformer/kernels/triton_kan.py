@@ -51,8 +51,9 @@ from kansformer.kernels.triton_decode import decode, use_decode
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
-# Rows (one with a norm) and warps of a program, measured on an H200 (benchmarks/results/LOG.md).
-PHI, PHI_NORM, FOLD, FOLD_NORM = (8, 2), (1, 4), (8, 2), (1, 4)
+# Rows and warps of a program, measured on an H200 (benchmarks/results/LOG.md). With a norm it has one row, and warps by
+# the row's length.
+PHI, FOLD = (4, 4), (2, 4)
 
 
 @triton.jit(do_not_specialize=["M", "rows"])
@@ -75,11 +76,18 @@ def _phi_kernel(
     gate_ptr += m * stride_gm
     scale = _inverse_rms(x_ptr, I, stride_xi, eps, 4 * BLOCK_I) if HAS_NORM else 1.0
     lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+    if HAS_NORM:
+        x, gate = _inputs(x_ptr, gate_ptr, offs_i, stride_xi, stride_gi, offs_i < I, HAS_GATE)
     for _ in range(steps):
         inside = offs_i < I
-        x = load_row(x_ptr, offs_i, stride_xi, inside) * scale
+        if HAS_NORM:  # the next step's loads are in flight while this one computes
+            offs = offs_i + BLOCK_I
+            next_x, next_gate = _inputs(x_ptr, gate_ptr, offs, stride_xi, stride_gi, offs < I, HAS_GATE)
+            next_lo, next_inverse_width = grid_scale(grid_ptr, offs, stride_grid, I, GRID_SIZE)
+            x *= scale
+        else:
+            x, gate = _inputs(x_ptr, gate_ptr, offs_i, stride_xi, stride_gi, inside, HAS_GATE)
         live, u = live_interval((x - lo) * inverse_width, GRID_SIZE, ORDER, not HAS_BASE)
-        gate = load_row(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
         functions = tl.zeros(x.shape, tl.uint64)
         for r in tl.static_range(ORDER + 1):
             functions |= _lane(live_spline(u, r, ORDER) * gate, r, phi_ptr.dtype.element_ty)
@@ -88,8 +96,7 @@ def _phi_kernel(
             base = activation(x, ACTIVATION) * gate
             tl.store(base_ptr + offs_i, base.to(base_ptr.dtype.element_ty), mask=inside)
         if HAS_NORM:
-            offs_i += BLOCK_I
-            lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+            offs_i, x, gate, lo, inverse_width = offs, next_x, next_gate, next_lo, next_inverse_width
         else:
             words_ptr += I * WORDS
             base_ptr += I
@@ -162,17 +169,26 @@ def _fold_kernel(
     scale = _inverse_rms(x_ptr, I, stride_xi, eps, 4 * BLOCK_I) if HAS_NORM else 1.0
     lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
     product = tl.zeros((BLOCK_I,), tl.float32)
+    if HAS_NORM:
+        x, gate = _inputs(x_ptr, gate_ptr, offs_i, stride_xi, stride_gi, offs_i < I, HAS_GATE)
+        words = _load_words(words_ptr, offs_i, offs_i < I, WORDS) if WORDS else 0
     for _ in range(steps):
         inside = offs_i < I
-        x = load_row(x_ptr, offs_i, stride_xi, inside) * scale
-        gate = load_row(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+        if HAS_NORM:  # the next step's loads are in flight while this one computes
+            offs = offs_i + BLOCK_I
+            next_x, next_gate = _inputs(x_ptr, gate_ptr, offs, stride_xi, stride_gi, offs < I, HAS_GATE)
+            next_words = _load_words(words_ptr, offs, offs < I, WORDS) if WORDS else 0
+            next_lo, next_inverse_width = grid_scale(grid_ptr, offs, stride_grid, I, GRID_SIZE)
+            x *= scale
+        else:
+            x, gate = _inputs(x_ptr, gate_ptr, offs_i, stride_xi, stride_gi, inside, HAS_GATE)
+            words = _load_words(words_ptr, offs_i, inside, WORDS) if WORDS else 0
         t = (x - lo) * inverse_width
         live, u = live_interval(t, GRID_SIZE, ORDER, not HAS_BASE)
         dx = tl.zeros((BLOCK_I,), tl.float32)
         dgate = tl.zeros((BLOCK_I,), tl.float32)
         if WORDS:
-            pointers = _words(words_ptr, offs_i, WORDS)
-            read = _load_words(pointers, live, inside, WORDS, HAS_BASE)
+            read = _from_live(words, live, WORDS, HAS_BASE)
             functions = tl.zeros((BLOCK_I,), tl.uint64)
         for r in tl.static_range(ORDER + 1):
             if WORDS:
@@ -201,12 +217,11 @@ def _fold_kernel(
         tl.store(dx_ptr + offs_i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if MAKE_PHI:
             tl.debug_barrier()  # other threads of the program have read what this one overwrites
-            _store_words(pointers, functions, live, inside, WORDS, HAS_BASE)
+            _store_words(_words(words_ptr, offs_i, WORDS), functions, live, inside, WORDS, HAS_BASE)
             if HAS_BASE:
                 tl.store(dbase_ptr + offs_i, (base * gate).to(dbase_ptr.dtype.element_ty), mask=inside)
         if HAS_NORM:
-            offs_i += BLOCK_I
-            lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
+            offs_i, x, gate, words, lo, inverse_width = offs, next_x, next_gate, next_words, next_lo, next_inverse_width
         else:
             words_ptr += I * WORDS
             dphi_ptr += I * C
@@ -220,9 +235,14 @@ def _fold_kernel(
         tl.debug_barrier()  # other threads of the program have written what this one reads
         for start in range(0, I, 4 * BLOCK_I):
             offs = start + tl.arange(0, 4 * BLOCK_I)
-            x = load_row(x_ptr, offs, stride_xi, offs < I) * scale
-            dx = tl.load(dx_ptr + offs, mask=offs < I, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + offs, (scale * (dx - x * mean)).to(dx_ptr.dtype.element_ty), mask=offs < I)
+            xs = load_row(x_ptr, offs, stride_xi, offs < I) * scale
+            dxs = tl.load(dx_ptr + offs, mask=offs < I, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + offs, (scale * (dxs - xs * mean)).to(dx_ptr.dtype.element_ty), mask=offs < I)
+
+
+@triton.jit
+def _inputs(x_ptr, gate_ptr, offs, stride_xi, stride_gi, inside, HAS_GATE: tl.constexpr):
+    return load_row(x_ptr, offs, stride_xi, inside), load_row(gate_ptr, offs, stride_gi, inside) if HAS_GATE else 1.0
 
 
 @triton.jit
@@ -238,19 +258,24 @@ def _words(words_ptr, offs, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _load_words(pointers, live, inside, WORDS: tl.constexpr, BEYOND: tl.constexpr):
+def _load_words(words_ptr, offs, inside, WORDS: tl.constexpr):
+    pointers = _words(words_ptr, offs, WORDS)
+    return tl.load(pointers, mask=inside if WORDS == 1 else inside[:, None], other=0)
+
+
+@triton.jit
+def _from_live(words, live, WORDS: tl.constexpr, BEYOND: tl.constexpr):
     """The 16 bits of functions live, live + 1, ... of an input, from the lowest of a word on.
 
     BEYOND the first and the last, which begin and end a word, are zeros. Without it live to live + k are there, and
     what stands above them is not theirs.
     """
     if WORDS == 1:
-        low = tl.load(pointers, mask=inside, other=0)
         if not BEYOND:
-            return low >> (16 * live).to(tl.uint64)
-        high = low
+            return words >> (16 * live).to(tl.uint64)
+        low = words
+        high = words
     else:
-        words = tl.load(pointers, mask=inside[:, None], other=0)
         if WORDS == 2:
             first, second = tl.split(words)
             low, high = tl.where(live < 4, first, second), second
@@ -461,7 +486,7 @@ def phi(
     if out.numel() == 0:
         return out, base
     (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
-    rows, warps = PHI if norm_eps is None else PHI_NORM
+    rows, warps = PHI if norm_eps is None else _whole_row(I * C)
     arguments = (
         out, base if based else out, x, gate_or_x, grid,
         M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, rows,
@@ -499,7 +524,7 @@ def fold(
     if dx.numel() == 0:
         return
     (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
-    rows, warps = FOLD if norm_eps is None else FOLD_NORM
+    rows, warps = FOLD if norm_eps is None else _whole_row(I * C)
     columns = _columns(I, C, warps)
     with torch.cuda.device_of(x):
         _fold_kernel[_programs(M, I, rows, columns, norm_eps)](
@@ -513,6 +538,10 @@ def fold(
 def in_words(dtype: torch.dtype, count: int) -> bool:
     """Whether the `count` functions of an input are 1, 2 or 4 words of 64 bits."""
     return dtype.itemsize == 2 and count in (4, 8, 16)
+
+
+def _whole_row(columns: int) -> tuple[int, int]:
+    return 1, 2 if columns < 4096 else 4 if columns < 8192 else 8
 
 
 def _columns(I: int, count: int, warps: int) -> int:

@@ -33,7 +33,7 @@ from kansformer.kernels.triton_basis import ceil_div, load_row, power_of_2, prog
 from kansformer.kernels.triton_kan import unsupported_tensors
 
 # Rows and warps of a program, 8 elements of a row a thread, measured on an H200 (benchmarks/results/LOG.md).
-WAVES, FOLD = (4, 2), (4, 2)
+WAVES, FOLD = (2, 4), (1, 4)
 
 
 @triton.jit(do_not_specialize=["M", "rows"])
@@ -141,7 +141,7 @@ def waves(x: Tensor, frequency: float, dtype: torch.dtype) -> tuple[Tensor, Tens
     """sin(w x) and cos(w x) of x (M, I), in `dtype`."""
     sine, cosine = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype)
     if x.numel():
-        grid, rows, block, warps = _launch(x, *WAVES)
+        grid, x, rows, block, warps = _launch(x, *WAVES)
         with torch.cuda.device_of(x):
             _waves_kernel[grid](sine, cosine, x, *x.shape, *x.stride(), frequency, rows, block, num_warps=warps)
     return sine, cosine
@@ -151,7 +151,7 @@ def fold(dsine: Tensor, dcosine: Tensor, x: Tensor, frequency: float, make_waves
     """dx (M, I) from contiguous dsine and dcosine (M, I), which with `make_waves` become sin(w x) and cos(w x)."""
     dx = x.new_empty(x.shape)
     if x.numel():
-        grid, rows, block, warps = _launch(x, *FOLD)
+        grid, x, rows, block, warps = _launch(x, *FOLD)
         with torch.cuda.device_of(x):
             _fold_waves_kernel[grid](
                 dx, dsine, dcosine, x, *x.shape, *x.stride(), frequency, rows, make_waves, block, num_warps=warps
@@ -159,6 +159,9 @@ def fold(dsine: Tensor, dcosine: Tensor, x: Tensor, frequency: float, make_waves
     return dx
 
 
-def _launch(x: Tensor, rows: int, warps: int) -> tuple[tuple[int], int, int, int]:
+def _launch(x: Tensor, rows: int, warps: int) -> tuple[tuple[int], Tensor, int, int, int]:
+    """Programs, x in rows of whole tiles where that is a view, and the rest of the arguments."""
+    if x.is_contiguous() and x.numel() % (256 * warps) == 0:
+        x = x.view(-1, 256 * warps)
     (M, I), block = x.shape, min(256 * warps, power_of_2(x.shape[1]))
-    return (ceil_div(M, rows) * ceil_div(I, block),), rows, block, warps
+    return (ceil_div(M, rows) * ceil_div(I, block),), x, rows, block, warps
