@@ -39,7 +39,7 @@ from harness import (
 from torch import Tensor, nn
 
 from kansformer.functional import choose_backend
-from kansformer.layers import KANLinear, feed_forward, match_intermediate_size
+from kansformer.layers import EdgeLayer, KANLinear, feed_forward, match_intermediate_size
 
 CUBIC = {"grid_size": 5, "spline_order": 3, "base_activation": "silu"}
 # name: (ffn_type, options)
@@ -56,7 +56,7 @@ BLOCKS = {
     "kan_fourier": ("kan_fourier", {}),
 }
 REFERENCE = "mlp"
-TORCH_BACKEND = ("kan k=3 C=8", "kan_gated k=1 C=4")  # on cuda with the other backend, too
+TORCH_BACKEND = ("kan k=3 C=8", "kan_gated k=1 C=4", "kan_fourier")  # on cuda with the other backend, too
 COLD_BYTES = 400e6  # of weights that a token meets on cuda: several times any cache
 
 
@@ -188,7 +188,7 @@ def training(
     for name in set(TORCH_BACKEND) & set(blocks) if device == "cuda" else ():
         modules[f"{name} torch"] = build(name, *blocks[name], d, device, dtype)
         for layer in modules[f"{name} torch"].children():
-            if isinstance(layer, KANLinear):
+            if isinstance(layer, EdgeLayer):
                 layer.backend = "torch"
     x = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn_like(x)

@@ -6,7 +6,8 @@ For the KAN layers of the blocks in benchmarks/bench_ffn.py. `phi` and `fold` ar
 dPhi: their bytes, each once, against a large copy. `product` is Phi @ W alone, `forward`, `dx` and `dW` are all of it,
 under several sizes of a chunk of Phi, the shipped one first: 2 M I C O FLOPs against a large product's. `decode` is one
 token, every call with other weights and inputs, since in a model they are not in cache either: its bytes are the rows
-that it needs; `dense` reads all by one product.
+that it needs; `dense` reads all by one product. For the layer of waves, `waves` writes sines and cosines, `fold and
+waves` reads their gradients and leaves them in their place, and `backward` is all of it.
 Everything is compared with float64 on a few rows before it is timed; what is wrong gets a row that says so, and the
 exit status is 1. Writes kernels_<device>.{json,md}, anew after every layer.
 
@@ -23,11 +24,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from bench_ffn import COLD_BYTES, matmul_ceiling
 from harness import RESULTS, environment, header, markdown, side_by_side, summary, write, write_json
 from torch import Tensor
 
-from kansformer.kernels import torch_kan, triton_decode, triton_kan
+from kansformer.kernels import torch_kan, triton_decode, triton_kan, triton_waves
 from kansformer.layers import match_intermediate_size
 
 # (block, C, k, norm inside): its layer h -> d
@@ -92,6 +94,12 @@ def main() -> None:
         title = f"{block} {h} -> {d}, C = {C}, k = {k}" + ", norm" * norm
         for group in (training(layer), decoding(layer, cuda)):
             rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
+        text = report(rows, env, options)
+    for d in options.width:
+        h = match_intermediate_size("kan_fourier", d, reference="mlp", multiple_of=16)
+        group = waves(options.tokens, h, d, options.device, dtype)
+        title = f"kan_fourier {h} -> {d}"
+        rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
         text = report(rows, env, options)
     print(text)
     sys.exit(any("failed" in row for row in rows))
@@ -164,6 +172,36 @@ def training(layer: Layer) -> list[Piece]:
         for name, (run, off) in runs.items():
             pieces.append(Piece(name + note, chunked(run, mib), flops, "TFLOP/s", off))
     return pieces
+
+
+def waves(M: int, I: int, O: int, device: str, dtype: torch.dtype, frequency: float = 1.5) -> list[Piece]:
+    draw = lambda *shape: torch.randn(shape, device=device).to(dtype)  # noqa: E731
+    x, dy, a, b = draw(M, I), draw(M, O), draw(O, I), draw(O, I)
+    dsine, dcosine = draw(M, I), draw(M, I)
+    exact = [t.double().requires_grad_() for t in (x[:32], a, b)]
+    y = F.linear((frequency * exact[0]).sin(), exact[1]) + F.linear((frequency * exact[0]).cos(), exact[2])
+    gradients = torch.autograd.grad(y, exact, dy[:32].double(), retain_graph=True)
+
+    def waves_error() -> float:
+        sine, cosine = triton_waves.waves(x[:32], frequency, dtype)
+        angle = (frequency * exact[0]).detach()
+        return max(error(sine, angle.sin()), error(cosine, angle.cos()))
+
+    def backward_error() -> float:
+        found = triton_waves.backward(dy[:32], x[:32], a, b, frequency, (True, True, True))
+        return max(map(error, found, gradients))
+
+    everything = (True, True, True)
+    forward_error = lambda: error(triton_waves.forward(x[:32], a, b, frequency), y.detach())  # noqa: E731
+    fold = lambda: triton_waves.fold(dsine, dcosine, x, frequency, True)  # noqa: E731
+    backward = lambda: triton_waves.backward(dy, x, a, b, frequency, everything)  # noqa: E731
+    return [
+        Piece("waves", lambda: triton_waves.waves(x, frequency, dtype), 3 * x.nbytes, "GB/s", waves_error),
+        Piece("fold and waves", fold, 6 * x.nbytes, "GB/s", backward_error),
+        Piece("product", lambda: x @ a.mT, 2 * M * I * O, "TFLOP/s", lambda: 0.0),
+        Piece("forward", lambda: triton_waves.forward(x, a, b, frequency), 4 * M * I * O, "TFLOP/s", forward_error),
+        Piece("backward", backward, 8 * M * I * O, "TFLOP/s", backward_error),
+    ]
 
 
 def chunked(run: Callable[[], object], mib: int) -> Callable[[], object]:

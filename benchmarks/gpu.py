@@ -4,8 +4,8 @@
 
 Each step has its own limit in seconds, or what is left of all seconds; its output in FOLDER/STEP.log, its tables in
 FOLDER. The archive holds FOLDER, and is written anew after every step: what was done is there whatever happens next.
-Blocks are compiled by processes of their own beside the tests, a width each: they are most of the time, and the timed
-step finds them in the compilers' caches. The package need not be installed. The summary, last, is one JSON line: step,
+Blocks (a process a width), models and kernels are compiled beside the tests: that is most of the time, and the timed
+steps find them in the compilers' caches. The package need not be installed. The summary, last, is one JSON line: step,
 exit status (124: over its limit) and seconds. All of it takes some nine minutes on 16 cores.
 """
 
@@ -23,14 +23,18 @@ from pathlib import Path
 from harness import GPU_TESTS, ROOT, write_json
 
 BLOCKS = ["benchmarks/bench_ffn.py", "--device", "cuda", "--no_tests"]
+KERNELS = ["benchmarks/bench_kernels.py", "--rounds"]
+MODELS = ["benchmarks/bench_models.py", "--device", "cuda", "--models", "125m", "--compiled", "--growth"]
+MODELS += ["--batch_size", "16", "--sequence_length", "1024"]
 AHEAD = [[*BLOCKS, "--rounds", "1", "--hidden_size", d] for d in ("768", "1024", "2048", "4096")]
+AHEAD += [[*MODELS, "--rounds", "1"], [*KERNELS, "1"]]
 # name: (seconds, arguments)
 STEPS = {
     "tests": (200, [*GPU_TESTS, "--numprocesses", "8"]),
     "blocks": (200, [*BLOCKS, "--rounds", "9", "--profile"]),
-    "kernels": (125, ["benchmarks/bench_kernels.py", "--rounds", "9"]),
+    "models": (200, MODELS),
+    "kernels": (125, [*KERNELS, "9"]),
     "decode": (250, ["benchmarks/bench_decode.py", "--device", "cuda", "--models", "125m"]),
-    "models": (200, ["benchmarks/bench_models.py", "--device", "cuda", "--models", "small_30m", "125m", "--growth"]),
 }
 
 
@@ -88,10 +92,11 @@ def compile_ahead(env: dict[str, str]) -> list[subprocess.Popen]:
 
 def finish(processes: list[subprocess.Popen], end: float) -> None:
     """Nothing else runs beside a timed step."""
+    end = min(end, time.monotonic() + 120.0)
     while processes:
         process = processes.pop()
         try:
-            process.wait(max(1.0, min(120.0, end - time.monotonic())))
+            process.wait(max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -137,7 +137,8 @@ def fourier_linear(
         RuntimeError: if `backend` names one that cannot run here, saying why.
     """
     _check_waves(x, sin_weight, cos_weight)
-    dtype, chosen = _product_dtype(x, sin_weight), fourier_backend(x, sin_weight, backend)
+    dtype = _product_dtype(x, sin_weight)
+    chosen = _waves_backend(x.device, x.dtype, dtype, backend)
     inputs = x.reshape(-1, x.shape[-1]), sin_weight.to(dtype), cos_weight.to(dtype), float(frequency)
     if chosen == "torch" or under_transform():
         operator = _plain_waves
@@ -186,9 +187,9 @@ def _choose(function: str, device: torch.device, backend: str, unsupported: Call
     return "torch"
 
 
-def fourier_backend(x: Tensor, sin_weight: Tensor, backend: str = "auto") -> str:
-    """The backend, "torch" or "triton", that `fourier_linear` takes for these tensors, as `choose_backend` says."""
-    return _waves_backend(x.device, x.dtype, _product_dtype(x, sin_weight), backend)
+def may_fuse(x: Tensor, backend: str = "auto") -> bool:
+    """Whether there is a choice of backends for x at all: on a GPU, or because one is asked for."""
+    return x.is_cuda or _asked(backend) != "auto"
 
 
 @torch.compiler.assume_constant_result  # compilers guard its arguments

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kansformer.functional import BASE_ACTIVATIONS, fourier_backend, fourier_linear, kan_linear
+from kansformer.functional import BASE_ACTIVATIONS, fourier_linear, kan_linear, may_fuse
 from kansformer.kernels.torch_kan import activation, normalise
 from kansformer.splines import basis, least_squares, num_basis, refit
 
@@ -308,10 +308,9 @@ class FourierLinear(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., I), gate (..., I) or None: (..., O)."""
-        if gate is None and _is_plain(self.sin_proj) and _is_plain(self.cos_proj):
-            weights = self.sin_proj.weight, self.cos_proj.weight
-            if fourier_backend(x, weights[0], self.backend) == "triton":
-                return fourier_linear(x, *weights, self.frequency, backend=self.backend)
+        projections = self.sin_proj, self.cos_proj
+        if gate is None and may_fuse(x, self.backend) and all(map(_is_plain, projections)):
+            return fourier_linear(x, *(p.weight for p in projections), self.frequency, backend=self.backend)
         x = self.frequency * x
         sine, cosine = x.sin(), x.cos()
         if gate is not None:

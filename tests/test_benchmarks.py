@@ -178,9 +178,10 @@ def test_bench_kernels_in_the_interpreter(tmp_path):
     rows = json.loads((tmp_path / "kernels_cpu.json").read_text())["rows"]
     assert all("TypeError" in row["failed"] for row in rows if row["piece"] == "decode BLOCK 8")
     rows = [row for row in rows if row["piece"] != "decode BLOCK 8"]
-    assert {row["piece"] for row in rows} > {"phi", "fold", "product", "forward", "dx", "dW", "dense, one token"}
+    pieces = {"phi", "fold", "product", "forward", "dx", "dW", "dense, one token", "waves", "fold and waves"}
+    assert {row["piece"] for row in rows} > pieces
     assert max(row["error"] for row in rows) < 1e-5
-    assert len({row["layer"] for row in rows}) == 5
+    assert len({row["layer"] for row in rows}) == 6
 
 
 def test_the_steps_of_the_gpu_script_exist(tmp_path):
