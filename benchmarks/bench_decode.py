@@ -68,15 +68,20 @@ def main() -> None:
         "crossover": crossover(d, dtype, rounds) if device == "cpu" else [],
         "models": [],
     }
+    report = save(name, result)
     for size in args.models:
-        write_json(name.with_suffix(".json"), result)
         result["models"] += models(size, device, dtype, max(5, rounds // 3))
-    report = f"{header(env)}\n\n" + "\n\n".join(tables(result)) + "\n"
+        report = save(name, result)  # what was measured is there whatever happens next
     print(report)
-    write(name.with_suffix(".md"), "# Decoding\n\n`python benchmarks/bench_decode.py`\n\n" + report)
-    write_json(name.with_suffix(".json"), result)
     draw(result, name.with_suffix(".png"))
     print(json.dumps({"written": f"{name}.{{md,json,png}}", "environment": env}))
+
+
+def save(name: Path, result: dict) -> str:
+    report = f"{header(result['environment'])}\n\n" + "\n\n".join(tables(result)) + "\n"
+    write(name.with_suffix(".md"), "# Decoding\n\n`python benchmarks/bench_decode.py`\n\n" + report)
+    write_json(name.with_suffix(".json"), result)
+    return report
 
 
 def copy_bandwidth(device: str, size: int = 2**28) -> float:

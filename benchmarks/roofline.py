@@ -4,8 +4,8 @@
 
 Kernels run one after another, and each takes at least the longer of FLOPs of its products / tensor-core rate and bytes
 of its inputs and outputs, each once, / memory bandwidth. Elementwise work of the MLP blocks is one fused kernel a pass,
-as a compiler makes it; that of a KAN layer is what kansformer/kernels/triton_kan.py launches. A table, then one json
-line.
+as a compiler makes it; that of a KAN layer is what kansformer/kernels/triton_{kan,waves}.py launch. A table, then one
+json line.
 """
 
 import argparse
@@ -90,6 +90,10 @@ def block(kind: str, M: int, d: int, parameters: int, C: int) -> tuple[int, list
     if kind == "kan_gated":
         h = parameters // (d * (C + 2))
         return h, 2 * linear_layer(M, d, h) + kan_layer(M, h, d, C, gate=True, base=False)
+    if kind == "kan_fourier":
+        h = parameters // (3 * d)
+        point = [elementwise("waves", 3 * M * h), elementwise("fold and waves", 6 * M * h)]
+        return h, linear_layer(M, d, h) + point + 2 * linear_layer(M, h, d)
     raise ValueError(f"unknown block {kind!r}")
 
 
@@ -108,7 +112,8 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=machine.bandwidth, help="memory, GB/s")
     args = parser.parse_args()
     machine = Machine(args.tflops, args.bandwidth)
-    blocks = [("mlp", 0), ("swiglu", 0), ("kan", 8), ("kan_mix", 8), ("kan_gated", 4), ("kan_gated", 8)]
+    blocks = [("mlp", 0), ("swiglu", 0), ("kan", 8), ("kan_mix", 8)]
+    blocks += [("kan_gated", 4), ("kan_gated", 8), ("kan_fourier", 0)]
     print(f"{args.tokens} tokens, bf16, forward + backward, milliseconds; {machine}")
     print(f"{'block':18}{'d':>6}{'hidden':>8}{'products':>10}{'the rest':>10}{'together':>10}{'of mlp':>8}")
     rows = []
