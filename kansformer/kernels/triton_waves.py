@@ -10,7 +10,8 @@ four, those of a linear layer of as many parameters:
 
 One kernel writes S and C, one folds dS and dC into dx and leaves S and C in their places for dA and dB, so that nothing
 is saved but x. Both move every element once and are bound by that (on an H200 at 0.93 to 0.96 of a copy's rate), since
-sine and cosine share one range reduction: 28 and 36 instructions of sm_90 an element. y = w x is n pi/2 + r, n the nearest integer, and
+sine and cosine share one range reduction: 28 and 36 instructions of sm_90 an element. y = w x is n pi/2 + r, n the
+nearest integer, and
 
     r = (y - n P1) - n P2,    P1 + P2 = pi/2 to 2^-49
 
