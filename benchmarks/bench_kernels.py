@@ -220,7 +220,7 @@ def decoding(layer: Layer, cold: bool) -> list[Piece]:
         int(COLD_BYTES / layer.weight.nbytes) + 1 if cold else 1
     )]  # fmt: skip
     expected = torch_kan.forward(*layer.double().arguments)
-    _, sms = triton_kan._device_properties(layer.x.device.index)
+    _, sms = triton_kan.device_properties(layer.x.device.index)
 
     def live_rows(sizes: dict) -> Callable[[Layer], Tensor]:
         return lambda one: triton_decode.decode(*one.arguments, **sizes, sms=sms)

@@ -6,7 +6,7 @@
 arXiv:2408.10205.) `torch.library` has operators, `kansformer::kan_linear`, its backward and one for int8, so that what
 looks on (torch.compile, export, dispatch modes, tensor subclasses) sees one node whatever the backend; else autograd
 alone calls the kernels. Saved for backward: x and gate, no basis. The layer of waves, `fourier_linear`, has operators
-for triton alone: in torch its plain operations are what a compiler fuses best.
+for triton alone: in torch its plain operations are what a compiler fuses best, and what a module's export sees.
 """
 
 import functools
@@ -163,6 +163,7 @@ def choose_backend(
     """
     return _choose(
         "kan_linear",
+        "triton_kan",
         x.device,
         backend,
         lambda: _kernels("triton_kan").unsupported(
@@ -171,14 +172,16 @@ def choose_backend(
     )
 
 
-def _choose(function: str, device: torch.device, backend: str, unsupported: Callable[[], str | None]) -> str:
+def _choose(
+    function: str, module: str, device: torch.device, backend: str, unsupported: Callable[[], str | None]
+) -> str:
     asked = _asked(backend)
     if asked not in ("auto", *BACKENDS):
         source = "KANSFORMER_BACKEND" if backend == "auto" else "backend"
         raise ValueError(f"{source} is {asked!r}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
     if asked == "torch" or (asked == "auto" and device.type != "cuda"):
         return "torch"
-    reason = _triton_missing() or unsupported()
+    reason = _triton_missing(module) or unsupported()
     if reason is None:
         return "triton"
     if asked == "triton":
@@ -187,16 +190,16 @@ def _choose(function: str, device: torch.device, backend: str, unsupported: Call
     return "torch"
 
 
-def may_fuse(x: Tensor, backend: str = "auto") -> bool:
-    """Whether there is a choice of backends for x at all: on a GPU, or because one is asked for."""
-    return x.is_cuda or _asked(backend) != "auto"
+def may_fuse(weight: Tensor, backend: str = "auto") -> bool:
+    """Whether a layer of waves with this weight may have kernels: on a GPU, or because they are asked for."""
+    asked = _asked(backend)
+    return asked != "torch" and (weight.is_cuda or asked != "auto")
 
 
 @torch.compiler.assume_constant_result  # compilers guard its arguments
 def _waves_backend(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype, backend: str) -> str:
-    return _choose(
-        "fourier_linear", device, backend, lambda: _kernels("triton_waves").unsupported(device, x_dtype, dtype)
-    )
+    unsupported = lambda: _kernels("triton_waves").unsupported(device, x_dtype, dtype)  # noqa: E731
+    return _choose("fourier_linear", "triton_waves", device, backend, unsupported)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -209,10 +212,12 @@ def _asked(backend: str) -> str:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
+def _triton_missing(module: str) -> str | None:
     for package in ("triton", "kansformer"):  # a model's own copy of this file runs without kansformer
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed"
+    if importlib.util.find_spec(f"kansformer.kernels.{module}") is None:  # or beside an older one
+        return f"the package kansformer is too old: it has no {module}"
     return None
 
 
@@ -478,13 +483,13 @@ def _setup_waves(ctx, inputs, output):
 
 
 def _waves_backward(ctx, dy):
-    wanted = list(ctx.needs_input_grad[:3])
-    inputs = *ctx.saved_tensors, ctx.frequency
+    wanted, tensors = list(ctx.needs_input_grad[:3]), ctx.saved_tensors  # once: a checkpoint unpacks no second time
+    inputs = *tensors, ctx.frequency
     if _needs_plain(dy):
         primals = [t for t, needed in zip(inputs, wanted) if needed]
         gradients = _differentiable_backward(dy, primals, _plain_waves, *inputs)
     else:
-        observed = _observed(dy, *ctx.saved_tensors)
+        observed = _observed(dy, *tensors)
         operator = torch.ops.kansformer.fourier_linear_backward if observed else _waves_gradients
         gradients = operator(dy, *inputs, wanted)
     gradients = iter(gradients)

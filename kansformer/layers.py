@@ -287,6 +287,8 @@ class FourierLinear(nn.Module):
         ValueError: for sizes below one, or a frequency that is not positive and finite.
     """
 
+    backend = "auto"  # of layers pickled before they had one
+
     def __init__(
         self,
         in_features: int,
@@ -309,8 +311,10 @@ class FourierLinear(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., I), gate (..., I) or None: (..., O)."""
         projections = self.sin_proj, self.cos_proj
-        if gate is None and may_fuse(x, self.backend) and all(map(_is_plain, projections)):
-            return fourier_linear(x, *(p.weight for p in projections), self.frequency, backend=self.backend)
+        if gate is None and all(map(_is_plain, projections)):
+            a, b = (projection.weight for projection in projections)
+            if may_fuse(a, self.backend) and a.dtype == b.dtype:
+                return fourier_linear(x, a, b, self.frequency, backend=self.backend)
         x = self.frequency * x
         sine, cosine = x.sin(), x.cos()
         if gate is not None:
@@ -329,7 +333,9 @@ def _is_plain(linear: nn.Module) -> bool:
         and linear.bias is None
         and type(linear.weight) in (Tensor, nn.Parameter)
         and "forward" not in linear.__dict__  # where accelerate puts its own
+        and linear._compiled_call_impl is None
         and not any(hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
     )
 
 

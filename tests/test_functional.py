@@ -621,6 +621,39 @@ def test_waves_by_the_operator_and_without(waves, monkeypatch):
     assert_close(plain(x.flatten(0, 1), *fused.parameters(), 1.5), y.flatten(0, 1), 1e-6)
 
 
+@pytest.mark.parametrize("operator", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_waves_under_a_checkpoint(waves, use_reentrant, operator, monkeypatch):
+    if operator:
+        monkeypatch.setattr("kansformer.functional._observed", lambda *tensors: True)
+    fused, _, x = waves
+    expected = torch.autograd.grad(fused(x).square().sum(), x)
+    y = torch.utils.checkpoint.checkpoint(fused, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, *expected)
+
+
+def test_a_layer_of_waves_pickled_before_it_had_a_backend(waves):
+    _, twin, x = waves
+    old = copy.deepcopy(twin)
+    del old.backend
+    assert_close(old(x), twin(x), 1e-6)
+
+
+def test_projections_of_two_dtypes_under_autocast(waves):
+    fused, _, x = waves
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = fused(x)
+        fused.cos_proj.bfloat16()
+        assert_close(fused(x), y, 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_of_waves_is_traced_symbolically():
+    layer, x = FourierLinear(I, O), torch.randn(3, I)
+    assert torch.equal(torch.fx.symbolic_trace(layer, {"gate": None})(x), layer(x))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_waves(waves, transposed):
     fused, _, x = waves

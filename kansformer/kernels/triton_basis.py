@@ -1,7 +1,9 @@
 """What every Triton kernel of this folder evaluates in registers: splines, their derivatives, base activations.
 
-All arithmetic is float32. A spline is M_k(s), s = t - c - (1 - k)/2, t = (x - lo)/h (see `kansformer.splines`), written
-with clamps instead of branches; a clamp lets NaN through (the GPU's min and max swallow it unless asked):
+And what their launchers share: a program's tile, and what the kernels cannot take. All arithmetic is float32. Where one
+interval's functions are wanted (`live_interval`) they are polynomials of u, where in it x stands; a third of the
+instructions. Else a spline is M_k(s), s = t - c - (1 - k)/2, t = (x - lo)/h (see `kansformer.splines`), written with
+clamps instead of branches; a clamp lets NaN through (the GPU's min and max swallow it unless asked):
 
     M_1 = [1 - |s|]
     M_2 = ([3/2 - |s|]^2 - 3 [1/2 - |s|]^2) / 2
@@ -11,10 +13,14 @@ with [a] = max(a, 0). Both terms of a difference are at most 8/6, so unlike trun
 cancels. A derivative that jumps (k = 1, at knots) takes its value from the right, as in `kansformer.splines`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -192,3 +198,26 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_2(size: int) -> int:
     """The first power of 2 from `size` on, as triton's next_power_of_2, likewise."""
     return 1 << (size - 1).bit_length()
+
+
+@functools.cache
+def device_properties(index: int | None) -> tuple[int, int]:
+    """Compute capability as in 90, and the number of multiprocessors."""
+    if index is None:  # interpreted on the CPU
+        return 90, 132
+    properties = torch.cuda.getdevice_properties(index)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def unsupported_tensors(device: torch.device, **dtypes: torch.dtype) -> str | None:
+    """Why the kernels of this folder cannot take tensors of these dtypes on `device`, or None if they can."""
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            return f"{name} is {dtype}; the kernels take bfloat16, float16 and float32"
+    if isinstance(spline, triton.JITFunction):
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"x is on {device}; the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1 before triton is imported)"
+        capability, _ = device_properties(device.index)
+        if capability < 80:
+            return f"compute capability {capability / 10} is below 8.0"
+    return None

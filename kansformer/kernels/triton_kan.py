@@ -23,8 +23,6 @@ Splines are float32 throughout, Phi and the products in the weights' dtype with 
 exact, as `torch.backends.cuda.matmul` says).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +34,7 @@ from kansformer.kernels.triton_basis import (
     activation_derivative,
     ceil_div,
     clamped,
+    device_properties,
     grid_scale,
     live_interval,
     live_slope,
@@ -45,11 +44,11 @@ from kansformer.kernels.triton_basis import (
     program_tile,
     ranges,
     spline,
+    unsupported_tensors,
 )
 from kansformer.kernels.triton_decode import decode, use_decode
 
 BASE_ACTIVATIONS = ("silu", "gelu", "relu", "identity")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_BYTES = 2**30  # of Phi or dPhi: more chunks are as fast in forward and dx, but each adds a float32 dW
 # Rows and warps of a program, measured on an H200 (benchmarks/results/LOG.md). With a norm it has one row, and warps by
 # the row's length.
@@ -152,7 +151,7 @@ def _fold_kernel(
 ):  # fmt: skip
     """dx and dgate from dPhi (M, I*C) and, with a base term, dbase = dy @ base (M, I).
 
-    Of an input's dPhi the k + 1 live functions are all that count (see `triton_decode`), and all that is read: by words
+    Of an input's dPhi the k + 1 live functions are all that count (`live_interval`), and all that is read: by words
     where `_phi_kernel` writes words, and MAKE_PHI then leaves Phi in place of dPhi, and gate * act(x) in that of dbase.
     With a norm dx waits where it will stand until the row's mean of dx * x is known.
     """
@@ -329,15 +328,6 @@ def _inverse_rms(x_ptr, I, stride_i, eps, BLOCK_I: tl.constexpr):
     return tl.rsqrt(tl.sum(total, axis=0) / I + eps)
 
 
-@functools.cache
-def _device_properties(index: int | None) -> tuple[int, int]:
-    """Compute capability as in 90, and the number of multiprocessors."""
-    if index is None:  # interpreted on the CPU
-        return 90, 132
-    properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
 def unsupported(x: Tensor, spline_weight: Tensor, *, spline_order: int, base_activation: str) -> str | None:
     """Why these kernels cannot run this case, or None if they can."""
     if spline_order not in (1, 2, 3):
@@ -345,20 +335,6 @@ def unsupported(x: Tensor, spline_weight: Tensor, *, spline_order: int, base_act
     if base_activation not in BASE_ACTIVATIONS:
         return f"the kernels have no base_activation {base_activation!r}"
     return unsupported_tensors(x.device, x=x.dtype, spline_weight=spline_weight.dtype)
-
-
-def unsupported_tensors(device: torch.device, **dtypes: torch.dtype) -> str | None:
-    """Why the kernels of this folder cannot take tensors of these dtypes on `device`, or None if they can."""
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            return f"{name} is {dtype}; the kernels take bfloat16, float16 and float32"
-    if isinstance(_phi_kernel, triton.JITFunction):
-        if device.type != "cuda" or torch.version.cuda is None:
-            return f"x is on {device}; the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1 before triton is imported)"
-        capability, _ = _device_properties(device.index)
-        if capability < 80:
-            return f"compute capability {capability / 10} is below 8.0"
-    return None
 
 
 def forward(
@@ -377,7 +353,7 @@ def forward(
     O, C = spline_weight.shape[1], grid_size + spline_order
     if use_decode(M, I, O, C, spline_order):
         x = x if norm_eps is None else torch_kan.normalise(x, norm_eps)
-        _, sms = _device_properties(x.device.index)
+        _, sms = device_properties(x.device.index)
         return decode(x, gate, spline_weight, grid, base_weight, grid_size, spline_order, base_activation, sms=sms)
     y = spline_weight.new_empty(M, O)
     activation = None if base_weight is None else base_activation
@@ -409,7 +385,7 @@ def decode_int8(
     base_activation: str,
 ) -> Tensor:
     """`forward` with spline_weight = quantized * scale[:, None], (I*C, O) int8 and (I*C,), for few rows."""
-    _, sms = _device_properties(x.device.index)
+    _, sms = device_properties(x.device.index)
     return decode(x, gate, quantized, grid, base_weight, grid_size, spline_order, base_activation, scale, sms=sms)
 
 

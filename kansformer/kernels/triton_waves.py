@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import ceil_div, load_row, power_of_2, program_tile
-from kansformer.kernels.triton_kan import unsupported_tensors
+from kansformer.kernels.triton_basis import ceil_div, load_row, power_of_2, program_tile, unsupported_tensors
 
 # Rows and warps of a program, 8 elements of a row a thread, measured on an H200 (benchmarks/results/LOG.md).
 WAVES, FOLD = (2, 4), (1, 4)
@@ -158,7 +157,7 @@ def fold(dsine: Tensor, dcosine: Tensor, x: Tensor, frequency: float, make_waves
 
 
 def _launch(x: Tensor, rows: int, warps: int) -> tuple[tuple[int], Tensor, int, int, int]:
-    """Programs, x in rows of whole tiles where that is a view, and the rest of the arguments."""
+    """Programs, x in rows of whole tiles where that is a view, and the rest: two kinds of arguments for all lengths."""
     if x.is_contiguous() and x.numel() % (256 * warps) == 0:
         x = x.view(-1, 256 * warps)
     (M, I), block = x.shape, min(256 * warps, power_of_2(x.shape[1]))
