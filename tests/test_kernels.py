@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -377,6 +378,23 @@ def test_unsupported_says_why():
     assert "tanh" in reason(act="tanh")
     assert "float64" in reason(x=x.double())
     assert "float64" in reason(w=w.double())
+
+
+def test_what_a_gpu_lacks_is_said(monkeypatch):
+    """Not interpreted, on a GPU that need not be there."""
+    found = types.SimpleNamespace(major=7, minor=5, multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(triton_basis, "device_properties", triton_basis.device_properties.__wrapped__)
+    monkeypatch.setattr(triton_basis, "spline", object.__new__(triton.JITFunction))
+    reason = lambda device: triton_basis.unsupported_tensors(torch.device(device), x=torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "7.5" in reason("cuda:0")
+    assert "cpu" in reason("cpu")
+    found.major, found.minor = 9, 0
+    assert reason("cuda:0") is None
+    assert triton_basis.device_properties(0) == (90, 40)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "NVIDIA" in reason("cuda:0")
 
 
 @pytest.mark.gpu

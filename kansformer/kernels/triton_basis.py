@@ -205,7 +205,7 @@ def device_properties(index: int | None) -> tuple[int, int]:
     """Compute capability as in 90, and the number of multiprocessors."""
     if index is None:  # interpreted on the CPU
         return 90, 132
-    properties = torch.cuda.getdevice_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
