@@ -612,7 +612,8 @@ print(json.dumps({name: len(found) for name, found in variants.items()}))
     counts = json.loads(done.stdout)
     sums = counts.pop("_sum_kernel")  # one for each pair of alignments, whatever the lengths
     assert counts.pop("_kan_decode_kernel") == 2  # coefficients in the weights' dtype, and in int8
-    assert counts.pop("_fold_waves_kernel") == 2  # with waves for the weights' gradients, and without
+    assert counts.pop("_waves_kernel") == 2  # whole tiles, and rows of 136
+    assert counts.pop("_fold_waves_kernel") == 4  # either with waves for the weights' gradients, and without
     assert set(counts.values()) == {1}, counts
     assert sums <= 2
 
