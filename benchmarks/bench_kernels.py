@@ -24,11 +24,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from bench_ffn import COLD_BYTES, matmul_ceiling
 from harness import RESULTS, environment, header, markdown, side_by_side, summary, write, write_json
 from torch import Tensor
 
+from kansformer.functional import fourier_linear
 from kansformer.kernels import torch_kan, triton_decode, triton_kan, triton_waves
 from kansformer.layers import match_intermediate_size
 
@@ -88,21 +88,24 @@ def main() -> None:
     env["copy_gb_per_s"] = copy_ceiling(dtype) if cuda else None
     print(header(env), flush=True)
     rows: list[dict] = []
+    for title, groups in layers(options, dtype):
+        for group in groups:
+            rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
+        text = report(rows, env, options)
+    print(text)
+    sys.exit(any("failed" in row for row in rows))
+
+
+def layers(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, tuple[list["Piece"], ...]]]:
+    """Each layer's title, and its pieces in groups that take turns."""
     for d, (block, C, k, norm) in itertools.product(options.width, LAYERS):
         h = match_intermediate_size(block, d, reference="mlp", multiple_of=16, grid_size=C - k, spline_order=k)
         layer = make(options.tokens, h, d, C, k, block, norm, options.device, dtype)
         title = f"{block} {h} -> {d}, C = {C}, k = {k}" + ", norm" * norm
-        for group in (training(layer), decoding(layer, cuda)):
-            rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
-        text = report(rows, env, options)
+        yield title, (training(layer), decoding(layer, options.device == "cuda"))
     for d in options.width:
         h = match_intermediate_size("kan_fourier", d, reference="mlp", multiple_of=16)
-        group = waves(options.tokens, h, d, options.device, dtype)
-        title = f"kan_fourier {h} -> {d}"
-        rows += [{"layer": title} | row for row in measure(group, options.rounds, options.device)]
-        text = report(rows, env, options)
-    print(text)
-    sys.exit(any("failed" in row for row in rows))
+        yield f"kan_fourier {h} -> {d}", (waves(options.tokens, h, d, options.device, dtype),)
 
 
 @dataclasses.dataclass
@@ -179,8 +182,8 @@ def waves(M: int, I: int, O: int, device: str, dtype: torch.dtype, frequency: fl
     x, dy, a, b = draw(M, I), draw(M, O), draw(O, I), draw(O, I)
     dsine, dcosine = draw(M, I), draw(M, I)
     exact = [t.double().requires_grad_() for t in (x[:32], a, b)]
-    y = F.linear((frequency * exact[0]).sin(), exact[1]) + F.linear((frequency * exact[0]).cos(), exact[2])
-    gradients = torch.autograd.grad(y, exact, dy[:32].double(), retain_graph=True)
+    y = fourier_linear(*exact, frequency, backend="torch")
+    gradients = torch.autograd.grad(y, exact, dy[:32].double())
 
     def waves_error() -> float:
         sine, cosine = triton_waves.waves(x[:32], frequency, dtype)
@@ -188,7 +191,7 @@ def waves(M: int, I: int, O: int, device: str, dtype: torch.dtype, frequency: fl
         return max(error(sine, angle.sin()), error(cosine, angle.cos()))
 
     def backward_error() -> float:
-        found = triton_waves.backward(dy[:32], x[:32], a, b, frequency, (True, True, True))
+        found = triton_waves.backward(dy[:32], x[:32], a, b, frequency, everything)
         return max(map(error, found, gradients))
 
     everything = (True, True, True)

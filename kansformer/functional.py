@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -190,10 +190,10 @@ def _choose(
     return "torch"
 
 
-def may_fuse(weight: Tensor, backend: str = "auto") -> bool:
-    """Whether a layer of waves with this weight may have kernels: on a GPU, or because they are asked for."""
+def may_fuse(x: Tensor, backend: str = "auto") -> bool:
+    """Whether a layer of waves may have kernels for x: on a GPU, or because they are asked for."""
     asked = _asked(backend)
-    return asked != "torch" and (weight.is_cuda or asked != "auto")
+    return asked != "torch" and (asked != "auto" or x.is_cuda is True)  # not of what stands for x in torch.fx
 
 
 @torch.compiler.assume_constant_result  # compilers guard its arguments
@@ -379,25 +379,41 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, gate, spline_weight, grid, base_weight)
 
 
-def _needs_plain(dy: Tensor) -> bool:
-    # create_graph=True: the gradient must itself be differentiable. is_grads_batched=True: kernels take no batch of dy.
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
-
-
 def _backward(ctx, dy):
-    x, gate, spline_weight, grid, base_weight = ctx.saved_tensors
+    tensors = x, gate, spline_weight, _, base_weight = ctx.saved_tensors
+    primals = x, gate, spline_weight, base_weight
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    if _needs_plain(dy):
-        primals = [t for t, needed in zip((x, gate, spline_weight, base_weight), wanted) if needed]
-        inputs = x, gate, spline_weight, grid, base_weight, *ctx.settings
-        gradients = _differentiable_backward(dy, primals, _plain, *inputs)
-    else:
-        observed = _observed(dy, x, gate, spline_weight, grid, base_weight)
-        operator = torch.ops.kansformer.kan_linear_backward if observed else _gradients
-        gradients = operator(dy, x, gate, spline_weight, grid, base_weight, *ctx.settings, wanted)
-    gradients = iter(gradients)
-    dx, dgate, dspline, dbase = (next(gradients) if needed else None for needed in wanted)
+    operators = torch.ops.kansformer.kan_linear_backward, _gradients
+    dx, dgate, dspline, dbase = _gradients_of(dy, primals, wanted, _plain, operators, tensors, ctx.settings)
     return dx, dgate, dspline, None, dbase, None, None, None, None, None
+
+
+def _gradients_of(
+    dy: Tensor,
+    primals: tuple[Tensor | None, ...],
+    wanted: list[bool],
+    plain: Callable[..., Tensor],
+    operators: tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]],
+    tensors: tuple[Tensor | None, ...],
+    settings: Sequence[object],
+) -> Iterator[Tensor | None]:
+    """The gradients of the primals that are wanted, None for the others, of plain(*tensors, *settings).
+
+    By one of two operators, the first for what looks on. Where the gradients must themselves be differentiable
+    (create_graph=True) or dy is a batch (is_grads_batched=True), which kernels do not take: through plain operations.
+    """
+    differentiable = torch.is_grad_enabled()
+    if differentiable or torch._C._functorch.is_legacy_batchedtensor(dy):
+        with torch.enable_grad():
+            y = plain(*tensors, *settings)
+        chosen = [primal for primal, needed in zip(primals, wanted) if needed]
+        gradients = torch.autograd.grad(y, chosen, dy, create_graph=differentiable)
+    else:
+        observed, direct = operators
+        operator = observed if _observed(dy, *tensors) else direct
+        gradients = operator(dy, *tensors, *settings, wanted)
+    gradients = iter(gradients)
+    return (next(gradients) if needed else None for needed in wanted)
 
 
 _kan_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -484,16 +500,8 @@ def _setup_waves(ctx, inputs, output):
 
 def _waves_backward(ctx, dy):
     wanted, tensors = list(ctx.needs_input_grad[:3]), ctx.saved_tensors  # once: a checkpoint unpacks no second time
-    inputs = *tensors, ctx.frequency
-    if _needs_plain(dy):
-        primals = [t for t, needed in zip(inputs, wanted) if needed]
-        gradients = _differentiable_backward(dy, primals, _plain_waves, *inputs)
-    else:
-        observed = _observed(dy, *tensors)
-        operator = torch.ops.kansformer.fourier_linear_backward if observed else _waves_gradients
-        gradients = operator(dy, *inputs, wanted)
-    gradients = iter(gradients)
-    return *(next(gradients) if needed else None for needed in wanted), None
+    operators = torch.ops.kansformer.fourier_linear_backward, _waves_gradients
+    return *_gradients_of(dy, tensors, wanted, _plain_waves, operators, tensors, (ctx.frequency,)), None
 
 
 _fourier_linear.register_autograd(_waves_backward, setup_context=_setup_waves)
@@ -526,16 +534,6 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
         torch.ops.kansformer.kan_linear.default: _plain,
         torch.ops.kansformer.fourier_linear.default: _plain_waves,
     }
-
-
-def _differentiable_backward(
-    dy: Tensor, primals: list[Tensor], plain: Callable[..., Tensor], *inputs: object
-) -> tuple[Tensor, ...]:
-    """The gradients of plain(*inputs), plain torch operations, for derivatives of any order and batches of dy."""
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = plain(*inputs)
-    return torch.autograd.grad(y, primals, dy, create_graph=differentiable)
 
 
 @register_flop_formula(torch.ops.kansformer.kan_linear)

@@ -311,9 +311,9 @@ class FourierLinear(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., I), gate (..., I) or None: (..., O)."""
         projections = self.sin_proj, self.cos_proj
-        if gate is None and all(map(_is_plain, projections)):
+        if gate is None and may_fuse(x, self.backend) and all(map(_is_plain, projections)):
             a, b = (projection.weight for projection in projections)
-            if may_fuse(a, self.backend) and a.dtype == b.dtype:
+            if a.dtype == b.dtype:
                 return fourier_linear(x, a, b, self.frequency, backend=self.backend)
         x = self.frequency * x
         sine, cosine = x.sin(), x.cos()

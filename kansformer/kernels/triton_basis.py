@@ -75,10 +75,10 @@ def divide(a, b):
 
 
 @triton.jit
-def clamped(t, GRID_SIZE: tl.constexpr):
-    """The closest point of the grid, [0, G] in t."""
-    t = tl.minimum(t, GRID_SIZE * 1.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def clamped(t, low, high):
+    """The closest point of [low, high]; NaN stays. On a grid that is [0, G] in t."""
+    t = tl.minimum(t, high, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(t, low, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -111,12 +111,11 @@ def live_interval(t, GRID_SIZE: tl.constexpr, ORDER: tl.constexpr, CLAMPED: tl.c
     from G + k on, until none is left.
     """
     if CLAMPED:
-        t = clamped(t, GRID_SIZE)
+        t = clamped(t, 0.0, GRID_SIZE * 1.0)
         last = GRID_SIZE - 1.0
     else:
         last = GRID_SIZE + ORDER * 1.0
-        t = tl.minimum(t, last, propagate_nan=tl.PropagateNan.ALL)
-        t = tl.maximum(t, -1.0 - ORDER, propagate_nan=tl.PropagateNan.ALL)
+        t = clamped(t, -1.0 - ORDER, last)
     j = tl.floor(tl.minimum(tl.where(t == t, t, 0.0), last))
     return j.to(tl.int32), t - j
 
@@ -193,6 +192,11 @@ def ranges(grid: Tensor) -> tuple[Tensor, int]:
 def ceil_div(a: int, b: int) -> int:
     """As triton's cdiv, which takes microseconds on the host."""
     return -(-a // b)
+
+
+def programs(M: int, N: int, rows: int, block: int, whole_rows: bool = False) -> tuple[int]:
+    """The launch grid that `program_tile` divides."""
+    return (M if whole_rows else ceil_div(M, rows) * ceil_div(N, block),)
 
 
 def power_of_2(size: int) -> int:

@@ -65,7 +65,7 @@ def _kan_decode_kernel(
         lo, inverse_width = grid_scale(grid_ptr, i, stride_grid, I, GRID_SIZE)
         t = (x - lo) * inverse_width
         if not HAS_BASE:
-            t = clamped(t, GRID_SIZE)
+            t = clamped(t, 0.0, GRID_SIZE * 1.0)
         first = first_live(t, GRID_SIZE)
         row = i * C + first.to(tl.int64)
         rows_ptr = w_ptr + (row * O)[:, None]

@@ -42,6 +42,7 @@ from kansformer.kernels.triton_basis import (
     load_row,
     power_of_2,
     program_tile,
+    programs,
     ranges,
     spline,
     unsupported_tensors,
@@ -122,11 +123,11 @@ def _phi_flat_kernel(
         offs_i = offs_n // C
         inside = offs_n < I * C
         lo, inverse_width = grid_scale(grid_ptr, offs_i, stride_grid, I, GRID_SIZE)
-        x = load_row(x_ptr, offs_i, stride_xi, inside) * scale
+        x, gate = _inputs(x_ptr, gate_ptr, offs_i, stride_xi, stride_gi, inside, HAS_GATE)
+        x *= scale
         t = (x - lo) * inverse_width
         if not HAS_BASE:
-            t = clamped(t, GRID_SIZE)
-        gate = load_row(gate_ptr, offs_i, stride_gi, inside) if HAS_GATE else 1.0
+            t = clamped(t, 0.0, GRID_SIZE * 1.0)
         phi = spline(t - (1 - ORDER) / 2 - offs_n % C, ORDER) * gate
         tl.store(phi_ptr + offs_n, phi.to(phi_ptr.dtype.element_ty), mask=inside)
         if HAS_BASE:
@@ -462,19 +463,20 @@ def phi(
     if out.numel() == 0:
         return out, base
     (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
-    rows, warps = PHI if norm_eps is None else _whole_row(I * C)
+    whole_rows = norm_eps is not None
+    rows, warps = _whole_row(I * C) if whole_rows else PHI
     arguments = (
         out, base if based else out, x, gate_or_x, grid,
         M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, rows,
-        grid_size, spline_order, base_activation or "identity", gate is not None, based, norm_eps is not None,
+        grid_size, spline_order, base_activation or "identity", gate is not None, based, whole_rows,
     )  # fmt: skip
     with torch.cuda.device_of(x):
         if in_words(dtype, C):
             columns = _columns(I, C, warps)
-            _phi_kernel[_programs(M, I, rows, columns, norm_eps)](*arguments, columns, num_warps=warps)
+            _phi_kernel[programs(M, I, rows, columns, whole_rows)](*arguments, columns, num_warps=warps)
         else:
             columns = 256 * warps
-            _phi_flat_kernel[_programs(M, I * C, rows, columns, norm_eps)](*arguments, columns, num_warps=warps)
+            _phi_flat_kernel[programs(M, I * C, rows, columns, whole_rows)](*arguments, columns, num_warps=warps)
     return out, base
 
 
@@ -500,13 +502,14 @@ def fold(
     if dx.numel() == 0:
         return
     (grid, stride_grid), gate_or_x = ranges(grid), x if gate is None else gate
-    rows, warps = FOLD if norm_eps is None else _whole_row(I * C)
+    whole_rows = norm_eps is not None
+    rows, warps = _whole_row(I * C) if whole_rows else FOLD
     columns = _columns(I, C, warps)
     with torch.cuda.device_of(x):
-        _fold_kernel[_programs(M, I, rows, columns, norm_eps)](
+        _fold_kernel[programs(M, I, rows, columns, whole_rows)](
             dx, dx if dgate is None else dgate, dphi, dphi if dbase is None else dbase, x, gate_or_x, grid,
             M, I, *x.stride(), *gate_or_x.stride(), stride_grid, norm_eps or 0.0, rows, grid_size, spline_order,
-            base_activation, gate is not None, dbase is not None, norm_eps is not None,
+            base_activation, gate is not None, dbase is not None, whole_rows,
             in_words(dphi.dtype, C), make_phi, columns, num_warps=warps,
         )  # fmt: skip
 
@@ -523,11 +526,6 @@ def _whole_row(columns: int) -> tuple[int, int]:
 def _columns(I: int, count: int, warps: int) -> int:
     """Inputs of a tile: 16 bytes of Phi in 16 bits a thread where that is no less than an input."""
     return min(32 * warps * max(1, 8 // count), power_of_2(I))
-
-
-def _programs(rows: int, columns: int, block_rows: int, block_columns: int, norm_eps: float | None) -> tuple[int]:
-    """As `program_tile` has them."""
-    return (rows if norm_eps is not None else ceil_div(rows, block_rows) * ceil_div(columns, block_columns),)
 
 
 def _chunks(size: int, bytes_each: int) -> list[slice]:

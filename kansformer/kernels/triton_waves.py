@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kansformer.kernels.triton_basis import ceil_div, load_row, power_of_2, program_tile, unsupported_tensors
+from kansformer.kernels.triton_basis import clamped, load_row, power_of_2, program_tile, programs, unsupported_tensors
 
 # Rows and warps of a program, 8 elements of a row a thread, measured on an H200 (benchmarks/results/LOG.md).
 WAVES, FOLD = (2, 4), (1, 4)
@@ -85,8 +85,7 @@ def _sine_and_cosine(x, frequency):
     n = shifted - 12582912.0
     r = tl.fma(n, -1.5707963705062866, y)
     r = tl.fma(n, 4.371139000186243e-08, r)
-    r = tl.minimum(r, 0.8, propagate_nan=tl.PropagateNan.ALL)  # pi/4 and what rounding y 2/pi adds, y to 10^5
-    r = tl.maximum(r, -0.8, propagate_nan=tl.PropagateNan.ALL)
+    r = clamped(r, -0.8, 0.8)  # pi/4 and what rounding y 2/pi adds, y to 10^5
     s = r * r
     sine = tl.fma(tl.fma(s, -1.9515295891e-4, 8.3321608736e-3), s, -1.6666654611e-1)
     sine = tl.fma(sine * s, r, r)
@@ -161,4 +160,4 @@ def _launch(x: Tensor, rows: int, warps: int) -> tuple[tuple[int], Tensor, int, 
     if x.is_contiguous() and x.numel() % (256 * warps) == 0:
         x = x.view(-1, 256 * warps)
     (M, I), block = x.shape, min(256 * warps, power_of_2(x.shape[1]))
-    return (ceil_div(M, rows) * ceil_div(I, block),), x, rows, block, warps
+    return programs(M, I, rows, block), x, rows, block, warps
